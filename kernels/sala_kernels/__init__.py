@@ -1,0 +1,1 @@
+"""Operators of the SALA architecture; importing this package imports neither torch nor triton."""
