@@ -11,8 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ARCHITECTURE = "MiniCPMSALAForCausalLM"
 MODEL_TYPE = "minicpm_sala"
@@ -196,7 +198,9 @@ class SalaSpec:
             raise SpecError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, got {num_heads} and {num_kv_heads}"
             )
-        if (lightning_kv := fields.positive_int("lightning_nkv", lightning_heads)) != lightning_heads:
+        if (
+            lightning_kv := fields.positive_int("lightning_nkv", lightning_heads)
+        ) != lightning_heads:
             raise SpecError(
                 f"lightning layers have as many KV heads as heads: expected lightning_nkv {lightning_heads}, got {lightning_kv}"
             )
@@ -274,7 +278,11 @@ class _Fields:
 
     def positive_float(self, name: str) -> float:
         value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise SpecError(f"{name}: expected a positive number, got {value!r}")
         return float(value)
 
@@ -293,7 +301,9 @@ class _Fields:
         num_layers = self.positive_int("num_hidden_layers")
         names = self._get("mixer_types")
         if not isinstance(names, list | tuple) or len(names) != num_layers:
-            raise SpecError(f"mixer_types: expected a list of num_hidden_layers = {num_layers} names")
+            raise SpecError(
+                f"mixer_types: expected a list of num_hidden_layers = {num_layers} names"
+            )
         supported = [kind.value for kind in LayerKind]
         if unknown := sorted({str(name) for name in names} - set(supported)):
             raise SpecError(f"mixer_types: supported are {supported}, got {unknown}")
@@ -305,7 +315,9 @@ class _Fields:
         if "rope_theta" in self._config or not isinstance(parameters, Mapping):
             return self.positive_float("rope_theta")
         if parameters.get("rope_type", "default") != "default":
-            raise SpecError(f"rope_parameters: only the default type is supported, got {parameters!r}")
+            raise SpecError(
+                f"rope_parameters: only the default type is supported, got {parameters!r}"
+            )
         return _Fields(parameters).positive_float("rope_theta")
 
     def lightning_scale(self, head_dim: int) -> float:
@@ -329,9 +341,13 @@ class _Fields:
         dense_len = fields._get("dense_len")
         for name, value in (("init_blocks", init_blocks), ("dense_len", dense_len)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise SpecError(f"sparse_config.{name}: expected a non-negative integer, got {value!r}")
+                raise SpecError(
+                    f"sparse_config.{name}: expected a non-negative integer, got {value!r}"
+                )
         if window % BLOCK_TOKENS:
-            raise SpecError(f"sparse_config.window_size: expected a multiple of {BLOCK_TOKENS}, got {window}")
+            raise SpecError(
+                f"sparse_config.window_size: expected a multiple of {BLOCK_TOKENS}, got {window}"
+            )
         if topk < init_blocks + 1:
             raise SpecError(
                 f"sparse_config.topk: expected at least init_blocks + 1 = {init_blocks + 1} (the forced blocks count inside), got {topk}"

@@ -1,0 +1,1 @@
+"""Linear attention with one constant decay per head ("lightning attention")."""

@@ -1,0 +1,1 @@
+"""Softmax attention over each token's selected key blocks."""

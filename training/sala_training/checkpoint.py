@@ -1,0 +1,100 @@
+"""Checkpoints in the released form: ``config.json`` and safetensors under the released names."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sala_kernels.spec import ARCHITECTURE, MODEL_TYPE, SalaSpec
+from sala_training.model.mixers import LightningMixer, lightning_slopes
+from sala_training.model.sala import SalaForCausalLM
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder whose weights are not the ones its ``config.json`` asks for."""
+
+
+def load(path: Path, dtype: torch.dtype | None = None) -> SalaForCausalLM:
+    """Load a checkpoint folder, one file or sharded, on the CPU.
+
+    Args:
+        path: folder with ``config.json`` and ``*.safetensors``.
+        dtype: dtype of the weights; None keeps the stored one.
+
+    Raises:
+        SpecError: ``config.json`` is missing or not SALA.
+        CheckpointError: a weight is missing, unexpected or of another shape; the names are listed.
+    """
+    spec = SalaSpec.from_file(path)
+    weights = _read_weights(path)
+    expected = spec.weight_shapes()
+    problems = [f"missing: {name}" for name in expected if name not in weights]
+    problems += [f"unexpected: {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name}: expected shape {list(expected[name])}, got {list(tensor.shape)}"
+        for name, tensor in weights.items()
+        if name in expected and tuple(tensor.shape) != expected[name]
+    ]
+    if problems:
+        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise CheckpointError(f"{path}: {len(problems)} weights do not fit config.json: {shown}")
+    with torch.device("meta"):
+        model = SalaForCausalLM(spec)
+    # the slopes are no weights: the meta device left them empty
+    for module in model.modules():
+        if isinstance(module, LightningMixer):
+            module.slopes = lightning_slopes(spec)
+    model.load_state_dict({k: v.to(dtype or v.dtype) for k, v in weights.items()}, assign=True)
+    return model
+
+
+def save(model: SalaForCausalLM, config: Mapping[str, Any], path: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` in the released names.
+
+    Args:
+        model: its weights are stored in their own dtype.
+        config: fields of ``config.json``; ``architectures`` and ``model_type`` are filled in.
+        path: folder, made if needed.
+
+    Raises:
+        CheckpointError: ``config`` describes another model than ``model``.
+    """
+    full = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **config}
+    if SalaSpec.from_config(full) != model.spec:
+        raise CheckpointError("config does not describe the model that is being saved")
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(full, indent=2, sort_keys=False) + "\n"
+    (path / "config.json").write_text(text, encoding="utf-8")
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    index = path / INDEX_NAME
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [path / name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path}: expected *.safetensors, found none")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                weights.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+    return weights

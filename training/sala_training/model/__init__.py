@@ -1,0 +1,1 @@
+"""MiniCPM-SALA in plain PyTorch: what training trains and what the engine is checked against."""

@@ -1,0 +1,140 @@
+"""The two token mixers of SALA; parameter names are the released checkpoint's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from sala_kernels.lightning.reference import lightning_chunked
+from sala_kernels.sparse_attend.reference import attend_blocks
+from sala_kernels.sparse_index.reference import select_blocks
+from sala_kernels.spec import SalaSpec, decay_slopes
+
+_SPARSE_QUERY_TILE_TOKENS = 2048
+"""Queries scored at once in a sparse layer; bounds memory, never changes a result."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis: float32 inside, rounded before the weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., width]."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Apply RoPE with half-split (NeoX) pairs over all dims, in float32.
+
+    Args:
+        x: [batch, tokens, heads, dim].
+        positions: [tokens] int64.
+        theta: base of the geometric frequencies.
+
+    Returns:
+        [batch, tokens, heads, dim] in the dtype of ``x``.
+    """
+    half = x.shape[-1] // 2
+    exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
+    angle = positions[:, None].float() * theta**-exponent
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    first, second = x.float().split(half, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def lightning_slopes(spec: SalaSpec) -> Tensor:
+    """Return the decay rate of each lightning head: [heads] float32, 1/token."""
+    return torch.tensor(decay_slopes(spec.lightning_num_heads), dtype=torch.float32, device="cpu")
+
+
+class LightningMixer(nn.Module):
+    """Linear attention with constant decay: QK-norm, RoPE, recurrence, output norm, then gate."""
+
+    slopes: Tensor
+
+    def __init__(self, spec: SalaSpec) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = spec.lightning_num_heads, spec.lightning_head_dim
+        self.scale, self.rope_theta = spec.lightning_scale, spec.rope_theta
+        width = self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(spec.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(spec.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(spec.hidden_size, width, bias=False)
+        self.z_proj = nn.Linear(spec.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, spec.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, spec.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, spec.rms_norm_eps)
+        self.o_norm = RMSNorm(width, spec.rms_norm_eps)
+        self.register_buffer("slopes", lightning_slopes(spec), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens: [batch, tokens, hidden] -> [batch, tokens, hidden]."""
+        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
+        positions = torch.arange(x.shape[1], device=x.device)
+        q = rotate(self.q_norm(self.q_proj(x).view(shape)), positions, self.rope_theta)
+        k = rotate(self.k_norm(self.k_proj(x).view(shape)), positions, self.rope_theta)
+        v = self.v_proj(x).view(shape)
+        # the recurrence is float32 whatever the surrounding precision, as released
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = lightning_chunked(q, k, v, self.slopes, self.scale)
+        mixed = self.o_norm(mixed.flatten(-2).to(v.dtype))
+        return self.o_proj(mixed * torch.sigmoid(self.z_proj(x)))
+
+
+class SparseMixer(nn.Module):
+    """InfLLM-V2 attention: no RoPE, no QK-norm; dense below ``dense_len``, selected blocks after."""
+
+    def __init__(self, spec: SalaSpec) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
+        self.head_dim, self.sparse = spec.head_dim, spec.sparse
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(spec.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(spec.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, spec.hidden_size, bias=False)
+        self.o_gate = nn.Linear(spec.hidden_size, width, bias=False)
+
+    def forward(self, x: Tensor, dense: bool = False) -> Tensor:
+        """Mix tokens: [batch, tokens, hidden] -> [batch, tokens, hidden].
+
+        Args:
+            x: [batch, tokens, hidden].
+            dense: attend everything whatever the position (the training stages before sparsity).
+        """
+        batch, tokens, _ = x.shape
+        q = self.q_proj(x).view(batch, tokens, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
+        # token i is dense iff i + 1 < dense_len
+        num_dense = tokens if dense else min(tokens, max(self.sparse.dense_len - 1, 0))
+        mixed = _attend_dense(q[:, :num_dense], k[:, :num_dense], v[:, :num_dense])
+        if num_dense < tokens:
+            rest = [self._attend_sparse(*qkv, first=num_dense) for qkv in zip(q, k, v, strict=True)]
+            mixed = torch.cat((mixed, torch.stack(rest)), dim=1)
+        return self.o_proj(mixed.flatten(-2) * torch.sigmoid(self.o_gate(x)))
+
+    def _attend_sparse(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        """Attend positions ``first`` and later of one sequence; no gradient through the selection."""
+        tokens = q.shape[0]
+        outputs = []
+        for start in range(first, tokens, _SPARSE_QUERY_TILE_TOKENS):
+            end = min(start + _SPARSE_QUERY_TILE_TOKENS, tokens)
+            positions = torch.arange(start, end, device=q.device)
+            with torch.no_grad():
+                selected = select_blocks(q[start:end], k[:end], positions, self.sparse)
+            outputs.append(attend_blocks(q[start:end], k[:end], v[:end], positions, selected))
+        return torch.cat(outputs)
+
+
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of [batch, tokens, heads, dim] queries over grouped keys from position 0."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
