@@ -1,0 +1,247 @@
+"""``sala-serve``: serve a model (``up``), a gateway alone (``gateway``), or talk to one (``chat``)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from sala_kernels.spec import SalaSpec, SpecError
+from sala_serve import terminal
+from sala_serve.config import (
+    ApiKeys,
+    ConfigError,
+    GatewayConfig,
+    load_chat_config,
+    load_gateway_config,
+    read_api_key_file,
+)
+from sala_serve.engine.launch import EngineOptions, engine_command, has_gpu, reserved_flag
+from sala_serve.engine.supervisor import EngineStartFailed, EngineSupervisor, RestartPolicy
+from sala_serve.gateway import Gateway
+from sala_serve.serving import bind, serve
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+logger = logging.getLogger("sala_serve")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    own, extra = _split_at_dashes(arguments)
+    options = _parser().parse_args(own)
+    try:
+        match options.command:
+            case "up":
+                return _up(options, extra)
+            case "gateway":
+                return _gateway(options)
+            case _:
+                return _chat(options)
+    except (ConfigError, SpecError) as error:
+        _print_error(str(error))
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _up(options: argparse.Namespace, extra: list[str]) -> int:
+    if flag := reserved_flag(extra):
+        raise ConfigError(f"{flag} cannot be passed to vLLM: sala-serve up sets it itself")
+    model = options.model.resolve()
+    SalaSpec.from_file(model)
+    with tempfile.TemporaryDirectory(prefix="sala-serve-") as folder:
+        engine_socket = Path(folder, "engine.sock")
+        config = _gateway_config(options, engine_url="http://engine", engine_socket=engine_socket)
+        listener = bind(config.host, config.port)
+        gateway = Gateway.create(config)
+        engine_options = EngineOptions(
+            model=model,
+            served_model_name=options.served_model_name or model.name,
+            max_model_len=options.max_model_len,
+            dtype=options.dtype,
+            tensor_parallel_size=options.tensor_parallel_size,
+            extra=extra,
+        )
+        supervisor = EngineSupervisor(
+            engine_command(engine_options, socket=engine_socket, on_gpu=has_gpu(), env=os.environ),
+            socket=engine_socket,
+            monitor=gateway.monitor,
+            policy=RestartPolicy(),
+            print_line=lambda line: print(f"engine | {line}", file=sys.stderr, flush=True),  # noqa: T201
+            clock=time.monotonic,
+        )
+        return _serve(gateway, listener, supervisor)
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    config = _gateway_config(options, engine_url=options.engine_url)
+    return _serve(Gateway.create(config), bind(config.host, config.port), None)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    config = load_chat_config(os.environ, url=options.url, api_key=options.api_key)
+    return terminal.run(
+        config,
+        model=options.model,
+        paths=options.file,
+        max_tokens=options.max_tokens,
+        prompt=options.prompt,
+    )
+
+
+def _gateway_config(options: argparse.Namespace, **fields: object) -> GatewayConfig:
+    api_keys: ApiKeys | None = None
+    if options.api_key_file is not None:
+        api_keys = read_api_key_file(options.api_key_file)
+    return load_gateway_config(
+        os.environ, host=options.host, port=options.port, api_keys=api_keys, **fields
+    )
+
+
+def _serve(gateway: Gateway, listener: socket.socket, supervisor: EngineSupervisor | None) -> int:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a probe
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    logger.info("listening on %s, %r", url, gateway.config)
+    started_at_s = gateway.clock()
+
+    def announce() -> None:
+        model = gateway.monitor.status.models[0]
+        key = ' \\\n  -H "Authorization: Bearer $API_KEY"' if gateway.config.api_keys else ""
+        body = json.dumps({"model": model.name, "messages": [{"role": "user", "content": "Hello"}]})
+        print(  # noqa: T201
+            f"Ready after {gateway.clock() - started_at_s:.0f} s: {model.name}, "
+            f"{model.max_model_len} tokens of context. Try:\n\n"
+            f"curl {url}/v1/chat/completions{key} \\\n"
+            f"  -H 'Content-Type: application/json' \\\n"
+            f"  -d {shlex.quote(body)}\n",
+            flush=True,
+        )
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(gateway, listener, supervisor=supervisor, on_ready=announce))
+    except EngineStartFailed as error:
+        causes = "\n".join(f"  {cause}" for cause in error.causes)
+        _print_error(f"{error}. Its last errors (all of its log is above):\n{causes}")
+        return EXIT_FAILED
+    return 0
+
+
+def _print_error(message: str) -> None:
+    print(f"sala-serve: error: {message}", file=sys.stderr)  # noqa: T201
+
+
+def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split off what follows the ``--`` of ``up``."""
+    if arguments[:1] != ["up"] or "--" not in arguments:
+        return arguments, []
+    position = arguments.index("--")
+    return arguments[:position], arguments[position + 1 :]
+
+
+def _port(text: str) -> int:
+    if not 0 <= (port := int(text)) <= 65535:
+        raise ValueError
+    return port
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sala-serve", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    up = commands.add_parser(
+        "up",
+        help="start vLLM with a SALA checkpoint and the gateway in front of it",
+        usage="sala-serve up MODEL [options] [-- VLLM_ARGUMENT ...]",
+        description="Start vLLM with a SALA checkpoint and the gateway in front of it. The gateway answers "
+        "at once (/readyz tells when the engine is loaded) and restarts the engine if it dies. Both log to "
+        "standard error, the engine's lines with the prefix 'engine | '. SIGTERM and Ctrl-C let running "
+        "requests finish (SALA_SERVE_DRAIN_TIMEOUT_S, 300 s), then stop both; a second one cuts them.",
+        epilog="What follows -- goes to 'vllm serve' as it is, for example: -- --gpu-memory-utilization 0.8",
+    )
+    up.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
+    up.add_argument(
+        "--served-model-name", metavar="NAME", help="name in the API (default: the folder's name)"
+    )
+    up.add_argument(
+        "--max-model-len",
+        metavar="TOKENS",
+        help="context length of prompt and answer (default: the most that memory allows)",
+    )
+    up.add_argument("--dtype", help="weights and activations (default: float32 without a GPU)")
+    up.add_argument("--tensor-parallel-size", type=int, metavar="N", help="GPUs to split over")
+    _add_server_arguments(up)
+
+    gateway = commands.add_parser(
+        "gateway",
+        help="run the gateway alone, in front of a vLLM that already runs",
+        description="Run the gateway alone, in front of a vLLM that already runs. Start that with "
+        "--enable-prompt-tokens-details --sse-keep-alive-interval 15 to get cached token counts and "
+        "streams that proxies do not cut during long prefills.",
+    )
+    gateway.add_argument(
+        "--engine-url", required=True, metavar="URL", help="vLLM's URL without /v1"
+    )
+    _add_server_arguments(gateway)
+
+    chat = commands.add_parser(
+        "chat",
+        help="ask a running gateway, from the terminal or in a pipe",
+        description="Ask a running gateway. Without PROMPT: a conversation (Ctrl-C stops an answer, Ctrl-D "
+        "ends), or, in a pipe, one question read from standard input. The answer goes to standard output, "
+        "all else to standard error.",
+    )
+    chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="one question")
+    chat.add_argument(
+        "--url", help="the gateway (default: $SALA_SERVE_URL or http://127.0.0.1:8000)"
+    )
+    chat.add_argument("--api-key", metavar="KEY", help="(default: $SALA_SERVE_API_KEY)")
+    chat.add_argument("--model", metavar="NAME", help="(default: the first the gateway lists)")
+    chat.add_argument(
+        "--file",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="text file, or folder of text files, put before the question; may be repeated",
+    )
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    return parser
+
+
+def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", help="address to listen on (default: $SALA_SERVE_HOST or 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--port", type=_port, help="port to listen on (default: $SALA_SERVE_PORT or 8000; 0: any)"
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="PATH",
+        help="file of accepted API keys, one a line (default: $SALA_SERVE_API_KEYS, else no key is asked)",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

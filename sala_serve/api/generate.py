@@ -1,0 +1,173 @@
+"""The life of a request that generates text; chat and text completions differ in their body only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from sala_serve.answers import error_event, error_response
+from sala_serve.api.schema import Generation, parse_generation
+from sala_serve.api.sse import DONE, EventWriter, event_data, split_events
+from sala_serve.engine.vllm_errors import error_from_vllm
+from sala_serve.errors import ClientDisconnected, EngineLost, GatewayError, UploadTimeout
+from sala_serve.middleware.request_id import HEADER as REQUEST_ID_HEADER
+from sala_serve.telemetry.metrics import Usage
+from sala_serve.telemetry.record import RequestRecord
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from starlette.types import Receive, Scope, Send
+
+    from sala_serve.api.schema import GenerationBody
+    from sala_serve.engine.http import EngineReply
+    from sala_serve.gateway import Gateway
+
+PARSE_IN_THREAD_BYTES = 256 * 1024
+"""Smaller bodies take less time to parse than a thread takes to start on them."""
+_TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+class GenerationEndpoint:
+    """ASGI application of one path: checks the body, relays it to the engine, relays the answer."""
+
+    def __init__(self, gateway: Gateway, path: str, body_type: type[GenerationBody]) -> None:
+        self._gateway = gateway
+        self._path = path
+        self._body_type = body_type
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request to its end, which is always counted in its record."""
+        record = RequestRecord.of(scope)
+        writer = EventWriter(send, send_timeout_s=self._gateway.config.send_timeout_s)
+        try:
+            with self._gateway.running.admit() as running:
+                generation = await self._receive(Request(scope, receive))
+                self._gateway.monitor.require_ready()
+                self._gateway.monitor.require_model(generation.model)
+                headers = _engine_headers(scope, record)
+                if generation.is_stream:
+                    await running.run(self._stream(generation, headers, record, writer), receive)
+                    await writer.finish()
+                else:
+                    body = await running.run(self._fetch(generation, headers, record), receive)
+                    await Response(body, media_type="application/json")(scope, receive, send)
+        except GatewayError as error:
+            record.status, record.error_code = error.status, error.code
+            if isinstance(error, ClientDisconnected):
+                return
+            if writer.is_started:
+                await writer.write(error_event(error))
+                await writer.finish()
+            else:
+                await error_response(error)(scope, receive, send)
+
+    async def _receive(self, request: Request) -> Generation:
+        raw = bytearray()
+        chunks = request.stream()
+        try:
+            while True:
+                async with asyncio.timeout(self._gateway.config.upload_timeout_s):
+                    raw += await anext(chunks)
+        except StopAsyncIteration:
+            pass
+        except TimeoutError:
+            raise UploadTimeout("The request body did not arrive in time.") from None
+        except ClientDisconnect:
+            raise ClientDisconnected("The client left while sending its request.") from None
+        if len(raw) < PARSE_IN_THREAD_BYTES:
+            return parse_generation(bytes(raw), self._body_type)
+        return await asyncio.to_thread(parse_generation, bytes(raw), self._body_type)
+
+    async def _fetch(
+        self, generation: Generation, headers: dict[str, str], record: RequestRecord
+    ) -> bytes:
+        async with self._post(generation, headers) as reply:
+            body = await reply.read()
+        try:
+            record.usage = _usage(json.loads(body))
+        except ValueError:
+            raise EngineLost("The engine's answer is not complete.") from None
+        return body
+
+    async def _stream(
+        self,
+        generation: Generation,
+        headers: dict[str, str],
+        record: RequestRecord,
+        writer: EventWriter,
+    ) -> None:
+        clock = self._gateway.clock
+        async with (
+            self._post(generation, headers) as reply,
+            aclosing(split_events(reply.chunks())) as events,
+        ):
+            async for event in events:
+                data = event_data(event)
+                if data is None:  # a keep-alive comment during a long prefill
+                    await writer.write(event)
+                    continue
+                if data == DONE:
+                    await writer.write(event)
+                    return
+                chunk = self._checked_chunk(data)
+                if record.ttft_s is None:
+                    record.ttft_s = clock() - record.started_at_s
+                if (usage := _usage(chunk)) is not None:
+                    record.usage = usage
+                    if not chunk.get("choices") and not generation.client_wants_usage:
+                        continue
+                await writer.write(event)
+        raise EngineLost("The engine's stream ended before the answer was complete.")
+
+    def _checked_chunk(self, data: bytes) -> dict[str, Any]:
+        """Parse one event of the engine; an error event is raised."""
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            raise EngineLost("The engine's stream is damaged.") from None
+        if not isinstance(chunk, dict):
+            raise EngineLost("The engine's stream is damaged.")
+        if (error := chunk.get("error")) is not None:
+            status = error.get("code") if isinstance(error, dict) else None
+            raise error_from_vllm(
+                status if isinstance(status, int) else 500,
+                data,
+                prompt_field=self._body_type.prompt_field,
+            )
+        return chunk
+
+    def _post(
+        self, generation: Generation, headers: dict[str, str]
+    ) -> AbstractAsyncContextManager[EngineReply]:
+        return self._gateway.engine.post(
+            self._path,
+            generation.body,
+            headers=headers,
+            prompt_field=self._body_type.prompt_field,
+        )
+
+
+def _engine_headers(scope: Scope, record: RequestRecord) -> dict[str, str]:
+    """Return the headers the engine gets; no other header of the client reaches it."""
+    client_headers = Headers(scope=scope)
+    trace = {name: value for name in _TRACE_HEADERS if (value := client_headers.get(name))}
+    return {REQUEST_ID_HEADER: record.request_id, **trace}
+
+
+def _usage(document: Any) -> Usage | None:
+    usage = document.get("usage") if isinstance(document, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(
+        num_prompt_tokens=usage.get("prompt_tokens") or 0,
+        num_cached_tokens=details.get("cached_tokens") or 0,
+        num_completion_tokens=usage.get("completion_tokens") or 0,
+    )

@@ -1,0 +1,132 @@
+"""Runs the gateway as a process: the socket, the signals, the engine beside it, the orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from sala_serve.app import build_app
+from sala_serve.config import ConfigError
+from sala_serve.engine.supervisor import EngineStartFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from starlette.types import ASGIApp
+
+    from sala_serve.engine.supervisor import EngineSupervisor
+    from sala_serve.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75
+"""Idle client connections are kept longer than load balancers do (60 s), so that these close first."""
+_CLOSE_TIMEOUT_S = 5
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn without its signal handlers: it would close the port before requests have drained."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to :func:`serve`."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind the gateway's port, before anything slow is started.
+
+    Raises:
+        ConfigError: the address is in use or not ours.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+async def serve(
+    gateway: Gateway,
+    listener: socket.socket,
+    *,
+    supervisor: EngineSupervisor | None,
+    on_ready: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the running requests.
+
+    Args:
+        gateway: the gateway to serve.
+        listener: a bound socket, which is closed at the end.
+        supervisor: runs the engine, if it is ours to run.
+        on_ready: called once, when the engine is ready for the first time.
+
+    Raises:
+        EngineStartFailed: the engine cannot start; the gateway has stopped in order.
+    """
+    stop = asyncio.Event()
+    start_failure: list[EngineStartFailed] = []
+    server = GatewayServer(build_app(gateway))
+
+    def on_signal() -> None:
+        if stop.is_set():
+            logger.warning("second signal: cutting %d running requests", gateway.running.cut_all())
+        stop.set()
+
+    async def announce() -> None:
+        await gateway.monitor.wait_ready()
+        on_ready()
+
+    async def run_engine(supervisor: EngineSupervisor) -> None:
+        try:
+            await supervisor.run()
+        except EngineStartFailed as error:
+            start_failure.append(error)
+            stop.set()
+
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, on_signal)
+    try:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(server.serve(sockets=[listener]))
+            announcing = group.create_task(announce())
+            engine = supervisor and group.create_task(run_engine(supervisor))
+            await stop.wait()
+            announcing.cancel()
+            await _drain(gateway)
+            server.should_exit = True
+            await serving
+            if engine:
+                engine.cancel()
+    finally:
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(signal_number)
+    if start_failure:
+        raise start_failure[0]
+
+
+async def _drain(gateway: Gateway) -> None:
+    timeout_s = gateway.config.drain_timeout_s
+    logger.info("stopping: %d requests run, %.0f s to finish", len(gateway.running), timeout_s)
+    if num_cut := await gateway.running.drain(timeout_s):
+        logger.warning("cut %d requests that did not finish in time", num_cut)
