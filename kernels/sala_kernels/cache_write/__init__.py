@@ -1,0 +1,1 @@
+"""Writing keys, values and finished key means into the paged cache."""

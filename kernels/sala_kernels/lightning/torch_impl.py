@@ -1,0 +1,85 @@
+"""Lightning attention in vectorised PyTorch: chunks for prompts, one batched update for decodes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sala_kernels.lightning.op import StateBatch
+
+CHUNK_TOKENS = 64
+
+
+def lightning_attention(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor, batch: StateBatch
+) -> Tensor:
+    """Implement :func:`sala_kernels.lightning.op.lightning_attention`."""
+    output = torch.zeros_like(q)
+    starts = batch.query_start_loc.tolist()
+    slots = batch.state_slots.tolist()
+    num_queries = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    active = [i for i, slot in enumerate(slots) if slot >= 0 and num_queries[i] > 0]
+
+    if decodes := [i for i in active if num_queries[i] == 1]:
+        tokens = torch.tensor([starts[i] for i in decodes])
+        seqs = torch.tensor(decodes)
+        slot = batch.state_slots[seqs].long()
+        before = _initial_state(state[slot], batch.has_context[seqs])
+        q_t, k_t, v_t = (x[tokens].float() for x in (q, k, v))
+        after = _decay(slopes) * before + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        state[slot] = after
+        output[tokens] = (scale * (q_t.unsqueeze(-2) @ after).squeeze(-2)).to(q.dtype)
+
+    for i in active:
+        if num_queries[i] > 1:
+            new = slice(starts[i], starts[i + 1])
+            before = _initial_state(state[slots[i]], batch.has_context[i])
+            output[new], state[slots[i]] = _prefill(q[new], k[new], v[new], slopes, scale, before)
+    return output
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run one sequence chunk by chunk.
+
+    Args:
+        q: [tokens, heads, dim].
+        k: as ``q``.
+        v: as ``q``.
+        slopes: [heads] float32.
+        scale: factor on the output.
+        state: [heads, dim, dim] float32 before the first token; not written.
+
+    Returns:
+        Output [tokens, heads, dim] in the dtype of ``q`` and the state after the last token.
+    """
+    position = torch.arange(CHUNK_TOKENS)
+    distance = position[:, None] - position
+    # exp(-s (i - j)) formed under the mask: split into exp(-s i) exp(s j) it overflows float32
+    decay = torch.exp(-slopes[:, None, None] * distance.clamp(min=0)).masked_fill(distance < 0, 0.0)
+    since_start = torch.exp(-slopes[:, None] * (position + 1)).unsqueeze(-1)
+    chunk_outputs = []
+    for q_c, k_c, v_c in zip(*(x.float().split(CHUNK_TOKENS) for x in (q, k, v)), strict=True):
+        size = q_c.shape[0]
+        q_c, k_c, v_c = (x.transpose(0, 1) for x in (q_c, k_c, v_c))  # [heads, size, dim]
+        inside = (q_c @ k_c.transpose(-1, -2) * decay[:, :size, :size]) @ v_c
+        carried = (q_c * since_start[:, :size]) @ state
+        chunk_outputs.append(scale * (inside + carried).transpose(0, 1))
+        # row size - 1 of the decay matrix: from each token to the end of the chunk
+        written = (k_c * decay[:, size - 1, :size, None]).transpose(-1, -2) @ v_c
+        state = since_start[:, size - 1, None] * state + written
+    return torch.cat(chunk_outputs).to(q.dtype), state
+
+
+def _initial_state(stored: Tensor, has_context: Tensor) -> Tensor:
+    """Take the stored state, or zero for a sequence without context (the slot may hold NaN)."""
+    return stored.masked_fill(~has_context[..., None, None, None], 0.0)
+
+
+def _decay(slopes: Tensor) -> Tensor:
+    """Return the decay of one token: [heads, 1, 1] float32."""
+    return torch.exp(-slopes)[:, None, None]
