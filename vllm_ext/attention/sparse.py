@@ -1,0 +1,155 @@
+"""Block-sparse attention for vLLM: backend, per-step metadata and the layer that owns the pages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from sala_kernels.cache_write.op import write_cache
+from sala_kernels.paged import PagedBatch, PagedCache, cell_elements, view_pages
+from sala_kernels.sparse_attend.op import attend_blocks
+from sala_kernels.sparse_index.op import select_blocks
+from sala_kernels.spec import BLOCK_TOKENS, SparseSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+
+class SparseBackend(AttentionBackend):
+    """Pages of 64 tokens that hold K, V and the key means (:mod:`sala_kernels.paged`)."""
+
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name the plugin registers the backend under."""
+        return "SALA_SPARSE"
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseImpl]:
+        """Return the implementation class."""
+        return SparseImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseMetadataBuilder]:
+        """Return the metadata builder class."""
+        return SparseMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int]:
+        """Ask for 64-token pages: vLLM splits its own larger blocks into them."""
+        return [BLOCK_TOKENS]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Keep a page's bytes of one head together, so that its parts are plain views."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Widen each token's cell by its share of the page's key means."""
+        cell_bytes = cell_elements(spec.head_size) * get_dtype_size(spec.dtype)
+        return dataclasses.replace(spec, state_content_bytes=cell_bytes)
+
+
+class SparseMetadataBuilder(AttentionMetadataBuilder[PagedBatch]):
+    """Describe a step to all sparse layers at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # the base class declares its constructor abstract
+        super().__init__(*args, **kwargs)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> PagedBatch:
+        """Take what the ops need; nothing is computed or copied to the host."""
+        return PagedBatch(
+            query_start_loc=common_attn_metadata.query_start_loc,
+            seq_lens=common_attn_metadata.seq_lens,
+            block_table=common_attn_metadata.block_table_tensor,
+            max_query_len=common_attn_metadata.max_query_len,
+            max_seq_len=common_attn_metadata.max_seq_len,
+        )
+
+
+class SparseImpl(AttentionImpl[PagedBatch]):
+    """One layer's calls into the ops, behind vLLM's attention operator."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        *unused: object,
+        sparse: SparseSpec,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads
+        self.sparse = sparse
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: PagedCache,
+        attn_metadata: PagedBatch | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write the new tokens, choose blocks, attend.
+
+        Args:
+            layer: unused.
+            query: [tokens, heads, dim]; rows past the batch's tokens are padding.
+            key: [tokens, kv_heads, dim].
+            value: as ``key``.
+            kv_cache: the layer's pages.
+            attn_metadata: the step; None while vLLM measures memory, before pages exist.
+            output: [tokens, heads, dim]; written.
+            output_scale: unused (quantised outputs).
+            output_block_scale: unused.
+
+        Returns:
+            ``output``.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        write_cache(key, value, kv_cache, attn_metadata)
+        blocks = select_blocks(query, kv_cache, attn_metadata, self.sparse)
+        attended = attend_blocks(query, kv_cache, attn_metadata, blocks, self.sparse.dense_len)
+        return output.copy_(attended)
+
+
+class SparseAttention(Attention):
+    """vLLM's attention layer over SALA pages."""
+
+    def __init__(self, *, sparse: SparseSpec, **kwargs: Any) -> None:
+        super().__init__(attn_backend=SparseBackend, sparse=sparse, **kwargs)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Keep named views of the pages: [pages, kv_heads, 64, cell elements].
+
+        NOTE: a tuple on purpose. vLLM zeroes fresh blocks of caches that are tensors; its CPU runner
+        does so with manager block numbers on 64-token pages and would wipe other requests' pages.
+        """
+        self.kv_cache = view_pages(kv_cache, self.head_size)

@@ -1,0 +1,1 @@
+"""Layers of the SALA model that vLLM has none of its own for."""

@@ -1,0 +1,1 @@
+"""Model classes, loaded by vLLM by name."""

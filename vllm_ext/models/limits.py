@@ -1,0 +1,53 @@
+"""Engine settings that SALA cannot run with, refused before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class SalaLimits(VerifyAndUpdateConfig):
+    """vLLM's per-architecture check, run in the process that parses the arguments."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Check the engine's settings against the model.
+
+        Raises:
+            ValueError: a setting asks for what the model or the plugin cannot compute.
+            NotImplementedError: the device has no SALA kernels.
+        """
+        spec = vllm_config.model_config.hf_config.spec
+        if current_platform.device_type != "cpu":
+            raise NotImplementedError(
+                f"SALA runs on the CPU only, got device {current_platform.device_type!r}: "
+                "its Triton kernels are not there yet"
+            )
+
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        model_dtype = vllm_config.model_config.dtype
+        if cache_dtype != "auto" and STR_DTYPE_TO_TORCH_DTYPE.get(cache_dtype) != model_dtype:
+            raise ValueError(
+                f"kv_cache_dtype: expected 'auto' ({model_dtype}), got {cache_dtype!r}: block selection "
+                "averages and compares cached keys, which is only defined in the model's own dtype"
+            )
+
+        # the query heads of one KV head choose blocks together, so they must share a rank
+        tp_size = vllm_config.parallel_config.tensor_parallel_size
+        if spec.num_kv_heads % tp_size or spec.lightning_num_heads % tp_size:
+            raise ValueError(
+                f"tensor_parallel_size: expected a divisor of {spec.num_kv_heads} KV heads and "
+                f"{spec.lightning_num_heads} lightning heads, got {tp_size}; use replicas instead"
+            )
+
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                "speculative_config: expected none: lightning states cannot be rolled back to the last "
+                "accepted draft yet"
+            )

@@ -1,0 +1,316 @@
+"""MiniCPM-SALA in vLLM layers.
+
+Rounding follows the released code: each branch is rounded to the model's dtype, scaled, rounded, added.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import (
+    HasInnerState,
+    IsHybrid,
+    SupportsMambaPrefixCaching,
+)
+from vllm.model_executor.models.utils import maybe_prefix
+
+from sala_kernels.spec import LayerKind, SalaSpec
+from vllm_ext.attention.lightning import LightningState
+from vllm_ext.attention.sparse import SparseAttention
+from vllm_ext.layers.norm import RMSNorm, ShardedRMSNorm
+from vllm_ext.layers.rope import RotaryAngles, rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.config import VllmConfig
+    from vllm.sequence import IntermediateTensors
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of the step's positions, each [tokens, 1, dim / 2] float32."""
+
+
+class SalaMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, spec: SalaSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        inner, quant = spec.intermediate_size, vllm_config.quant_config
+        self.gate_up_proj = MergedColumnParallelLinear(
+            spec.hidden_size,
+            [inner, inner],
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            inner, spec.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.down_proj"
+        )
+        self.activation = SiluAndMul()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [tokens, hidden] to the same."""
+        gate_up, _ = self.gate_up_proj(x)
+        output, _ = self.down_proj(self.activation(gate_up))
+        return output
+
+
+class SparseMixer(nn.Module):
+    """Block-sparse attention without positions, then a sigmoid gate."""
+
+    def __init__(self, spec: SalaSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        hidden, width, quant = (
+            spec.hidden_size,
+            spec.num_heads * spec.head_dim,
+            vllm_config.quant_config,
+        )
+        tp_size = get_tensor_model_parallel_world_size()
+        num_heads, num_kv_heads = spec.num_heads // tp_size, spec.num_kv_heads // tp_size
+        self.split_sizes = [n * spec.head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+        self.qkv_proj = QKVParallelLinear(
+            hidden,
+            spec.head_dim,
+            spec.num_heads,
+            spec.num_kv_heads,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_gate = ColumnParallelLinear(
+            hidden, width, bias=False, quant_config=quant, prefix=f"{prefix}.o_gate"
+        )
+        self.o_proj = RowParallelLinear(
+            width, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        self.attention = SparseAttention(
+            sparse=spec.sparse,
+            num_heads=num_heads,
+            head_size=spec.head_dim,
+            scale=spec.head_dim**-0.5,
+            num_kv_heads=num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=quant,
+            prefix=f"{prefix}.attention",
+        )
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """Map [tokens, hidden] to the same; ``rotation`` is for the other kind."""
+        qkv, _ = self.qkv_proj(x)
+        gate, _ = self.o_gate(x)
+        q, k, v = qkv.split(self.split_sizes, dim=-1)
+        output, _ = self.o_proj(self.attention(q, k, v) * gate.sigmoid())
+        return output
+
+
+class LightningMixer(nn.Module):
+    """Linear attention with rotated, normalised q and k, then a norm over all heads and a gate."""
+
+    def __init__(self, spec: SalaSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        hidden, heads, dim = spec.hidden_size, spec.lightning_num_heads, spec.lightning_head_dim
+        quant = vllm_config.quant_config
+        self.head_dim = dim
+        self.qkv_proj = QKVParallelLinear(
+            hidden, dim, heads, heads, bias=False, quant_config=quant, prefix=f"{prefix}.qkv_proj"
+        )
+        self.z_proj = ColumnParallelLinear(
+            hidden, heads * dim, bias=False, quant_config=quant, prefix=f"{prefix}.z_proj"
+        )
+        self.o_proj = RowParallelLinear(
+            heads * dim, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        self.q_norm = RMSNorm(dim, spec.rms_norm_eps)
+        self.k_norm = RMSNorm(dim, spec.rms_norm_eps)
+        self.o_norm = ShardedRMSNorm(heads * dim, spec.rms_norm_eps)
+        self.state = LightningState(spec, prefix=f"{prefix}.state")
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """Map [tokens, hidden] to the same."""
+        qkv, _ = self.qkv_proj(x)
+        gate, _ = self.z_proj(x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.chunk(3, dim=-1))
+        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        mixed = self.o_norm(self.state(q, k, v).flatten(1))
+        output, _ = self.o_proj(mixed * gate.sigmoid())
+        return output
+
+
+class SalaDecoderLayer(nn.Module):
+    """Mixer and MLP, each scaled before it joins the residual stream (muP)."""
+
+    def __init__(
+        self, spec: SalaSpec, kind: LayerKind, vllm_config: VllmConfig, prefix: str
+    ) -> None:
+        super().__init__()
+        mixer = SparseMixer if kind is LayerKind.SPARSE else LightningMixer
+        self.self_attn = mixer(spec, vllm_config, prefix=f"{prefix}.self_attn")
+        self.mlp = SalaMLP(spec, vllm_config, prefix=f"{prefix}.mlp")
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.residual_scale = spec.residual_scale
+
+    def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
+        """Map [tokens, hidden] to the same."""
+        mixed = self.self_attn(self.input_layernorm(hidden), rotation)
+        hidden = hidden + mixed * self.residual_scale
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)) * self.residual_scale
+
+
+class SalaModel(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, spec: SalaSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.scale_emb = spec.scale_emb
+        self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size)
+        self.rotary = RotaryAngles(spec.lightning_head_dim, spec.rope_theta)
+        self.layers = nn.ModuleList(
+            SalaDecoderLayer(spec, kind, vllm_config, prefix=f"{prefix}.layers.{index}")
+            for index, kind in enumerate(spec.layer_kinds)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens [tokens] as [tokens, hidden], muP scale included."""
+        return self.embed_tokens(input_ids) * self.scale_emb
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Map embeddings [tokens, hidden] at ``positions`` [tokens] to normalised hidden states."""
+        rotation = self.rotary(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, rotation)
+        return self.norm(hidden)
+
+
+class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
+    """The model vLLM runs for architecture ``MiniCPMSALAForCausalLM``."""
+
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.spec: SalaSpec = vllm_config.model_config.hf_config.spec
+        self.model = SalaModel(self.spec, vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            self.spec.vocab_size, self.spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        if self.spec.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.spec.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens [tokens] as [tokens, hidden]."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the hidden states of a step's packed tokens.
+
+        Args:
+            input_ids: [tokens] int; unused when ``inputs_embeds`` is given.
+            positions: [tokens] int64, position in each sequence.
+            intermediate_tensors: always None, there is no pipeline parallelism.
+            inputs_embeds: [tokens, hidden], used as they are, as in the released model.
+
+        Returns:
+            [tokens, hidden].
+        """
+        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.model(hidden, positions)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return logits [tokens, vocab] of hidden states [tokens, hidden]; None off rank 0."""
+        return self.logits_processor(self.lm_head, hidden_states / self.spec.logit_divisor)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(
+        cls, vllm_config: VllmConfig
+    ) -> tuple[tuple[int, int, int]]:
+        """Return the shape of one lightning layer's state on one rank."""
+        spec = vllm_config.model_config.hf_config.spec
+        num_heads = spec.lightning_num_heads // vllm_config.parallel_config.tensor_parallel_size
+        return ((num_heads, spec.lightning_head_dim, spec.lightning_head_dim),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype]:
+        """Return the dtype of the lightning states, float32 always."""
+        return (torch.float32,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[object, ...]:
+        """Return how vLLM copies a state to another slot: as one contiguous piece."""
+        return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint, all of it and nothing else.
+
+        Args:
+            weights: released name and tensor, in any order.
+
+        Returns:
+            Names of the parameters that were loaded.
+
+        Raises:
+            ValueError: a weight is missing, unexpected or of the wrong shape; names them all.
+        """
+        missing = self.spec.weight_shapes()
+        parameters = dict(self.named_parameters())
+        loaded, problems = set(), []
+        for name, tensor in weights:
+            expected = missing.pop(name, None)
+            if expected is None:
+                problems.append(f"unexpected {name}")
+            elif tuple(tensor.shape) != expected:
+                problems.append(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+            else:
+                parameter_name, shard = _fused_name(name)
+                parameter = parameters[parameter_name]
+                loader = getattr(parameter, "weight_loader", default_weight_loader)
+                loader(parameter, tensor, *shard)
+                loaded.add(parameter_name)
+        problems += [f"missing {name}" for name in missing]
+        if problems:
+            raise ValueError("the checkpoint does not fit its config.json: " + "; ".join(problems))
+        return loaded
+
+
+def _fused_name(name: str) -> tuple[str, tuple[str | int, ...]]:
+    """Return the parameter that holds a weight, and which shard of it when vLLM fuses several."""
+    shards: dict[str, tuple[str, str | int]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+    *path, module, leaf = name.split(".")
+    if module not in shards:
+        return name, ()
+    fused, shard = shards[module]
+    return ".".join([*path, fused, leaf]), (shard,)
