@@ -1,5 +1,8 @@
 # Every target works first on a bare machine: Python 3.11, pip, make and git.
 .DEFAULT_GOAL := help
+MODEL ?= training/demo/checkpoint
+NAME ?= $(notdir $(MODEL:/checkpoint=))
+
 .PHONY: help install serve test check lock clean
 
 help: ## list the targets
@@ -8,8 +11,8 @@ help: ## list the targets
 install: ## make .venv from the lock file; under a second when nothing has changed
 	@scripts/install
 
-serve: ## serve the demo model on port 8000 (MODEL=folder, SALA_SERVE_PORT=port)
-	@scripts/serve $(MODEL)
+serve: install ## serve the demo model on port 8000 (MODEL=folder SALA_SERVE_PORT=port)
+	@.venv/bin/sala-serve up "$(MODEL)" --served-model-name "$(NAME)"
 
 test: install ## run every test (SALA_TEST_SELECT="tests/serve -x" for some)
 	@scripts/test

@@ -27,7 +27,9 @@ def test_vllm_command_line_starts() -> None:
 
 @pytest.mark.slow
 def test_vllm_imports_and_sees_a_cpu() -> None:
-    code = "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.is_cpu())"
+    code = (
+        "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.is_cpu())"
+    )
     assert run(sys.executable, "-P", "-c", code).split() == ["True"]
 
 
