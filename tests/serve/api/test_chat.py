@@ -1,0 +1,160 @@
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+
+from sala_serve.engine.fake import Behaviour, Ending
+
+MESSAGES = [{"role": "user", "content": "Say something."}]
+PATH = "/v1/chat/completions"
+REQUEST = {"model": "sala", "messages": MESSAGES}
+
+
+async def test_chat_returns_the_engines_answer_and_usage(stack):
+    answer = await stack.client.chat.completions.create(model="sala", messages=MESSAGES)
+    assert answer.choices[0].message.content == "word0 word1 word2 "
+    assert answer.usage.prompt_tokens == 7
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4
+    assert answer.usage.completion_tokens == 3
+
+
+async def test_chat_passes_other_fields_untouched(stack):
+    extra = {"temperature": 0.25, "chat_template_kwargs": {"enable_thinking": False}, "seed": 2**60}
+    content = [{"type": "text", "text": "中文 \N{SNOWMAN} \\ \x00"}]
+    body = {"model": "sala", "messages": [{"role": "user", "content": content}], **extra}
+    response = await stack.http.post(PATH, json=body)
+    assert response.status_code == 200
+    assert stack.engine.journal.bodies == [body]
+
+
+async def test_chat_streams_every_token_and_no_usage_unless_asked(stack):
+    stream = await stack.client.chat.completions.create(
+        model="sala", messages=MESSAGES, stream=True
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "word0 word1 word2 "
+    assert all(chunk.usage is None for chunk in chunks)
+    assert stack.engine.journal.bodies[0]["stream_options"] == {"include_usage": True}
+
+
+async def test_chat_streams_usage_when_asked(stack):
+    stream = await stack.client.chat.completions.create(
+        model="sala", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.total_tokens == 10
+
+
+async def test_chat_sends_tokens_as_they_come(start_stack):
+    async with start_stack(Behaviour(itl_s=0.2)) as stack:
+        stream = await stack.client.chat.completions.create(
+            model="sala", messages=MESSAGES, stream=True
+        )
+        loop = asyncio.get_running_loop()
+        times_s = [loop.time() async for _ in stream]
+    assert times_s[1] - times_s[0] > 0.1
+
+
+async def test_chat_passes_keep_alive_comments_during_a_long_prefill(start_stack):
+    async with (
+        start_stack(Behaviour(num_keep_alives=2, ttft_s=0.2)) as stack,
+        stack.http.stream("POST", PATH, json={**REQUEST, "stream": True}) as response,
+    ):
+        text = (await response.aread()).decode()
+        assert text.startswith(": keep-alive\n\n: keep-alive\n\ndata: {")
+        assert text.endswith("data: [DONE]\n\n")
+        ttft_s = await stack.metric("sala_gateway_time_to_first_token_seconds_sum", endpoint=PATH)
+        assert ttft_s > 0.15
+
+
+@pytest.mark.parametrize("ending", [Ending.CONNECTION_LOST, Ending.SILENT_END, Ending.ERROR_EVENT])
+async def test_stream_ends_with_an_error_when_the_engine_breaks_off(start_stack, ending):
+    async with start_stack(Behaviour(ending=ending)) as stack:
+        response = await stack.http.post(PATH, json={**REQUEST, "stream": True})
+        events = response.text.split("\n\n")
+        assert events[-1] == ""
+        error = json.loads(events[-2].removeprefix("data: "))["error"]
+        assert error["code"] == "engine_lost"
+        assert error["type"] == "server_error"
+        assert "[DONE]" not in response.text
+        with pytest.raises(openai.APIError, match="before the answer was complete"):
+            async for _ in await stack.client.chat.completions.create(
+                model="sala", messages=MESSAGES, stream=True
+            ):
+                pass
+        labels = {"endpoint": PATH, "status": "502"}
+        assert await stack.metric("sala_gateway_requests_total", **labels) == 2
+
+
+async def test_stream_that_breaks_before_its_first_token_is_a_plain_error(start_stack):
+    behaviour = Behaviour(num_tokens=0, ending=Ending.CONNECTION_LOST)
+    async with start_stack(behaviour) as stack:
+        response = await stack.http.post(PATH, json={**REQUEST, "stream": True})
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] == "engine_lost"
+
+
+@pytest.mark.parametrize("ending", [Ending.CONNECTION_LOST, Ending.SILENT_END])
+async def test_chat_reports_a_torn_answer(start_stack, ending):
+    async with start_stack(Behaviour(ending=ending)) as stack:
+        response = await stack.http.post(PATH, json=REQUEST)
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] == "engine_lost"
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_hang_up_during_prefill_aborts_in_the_engine(start_stack, eventually, is_stream):
+    async with start_stack(Behaviour(ttft_s=60)) as stack:
+        with pytest.raises(httpx.ReadTimeout):
+            await stack.http.post(PATH, json={**REQUEST, "stream": is_stream}, timeout=0.3)
+        await eventually(lambda: stack.engine.journal.num_aborted == 1)
+        await eventually(lambda: len(stack.gateway.running) == 0)
+        assert stack.engine.journal.num_running == 0
+        labels = {"endpoint": PATH, "status": "499"}
+        assert await stack.metric("sala_gateway_requests_total", **labels) == 1
+
+
+async def test_hang_up_in_the_middle_of_a_stream_aborts_in_the_engine(start_stack, eventually):
+    async with start_stack(Behaviour(itl_s=0.02, num_tokens=10_000)) as stack:
+        stream = await stack.client.chat.completions.create(
+            model="sala", messages=MESSAGES, stream=True
+        )
+        async for _ in stream:
+            break
+        await stream.close()
+        await eventually(lambda: stack.engine.journal.num_aborted == 1)
+        await eventually(lambda: len(stack.gateway.running) == 0)
+
+
+async def test_client_that_reads_nothing_is_cut_off(start_stack, eventually):
+    async with start_stack(Behaviour(num_tokens=200_000), send_timeout_s=0.2) as stack:
+        host, port = stack.url.removeprefix("http://").split(":")
+        body = json.dumps({**REQUEST, "stream": True}).encode()
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        _, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        writer.write(head.encode() + body)
+        await eventually(lambda: stack.engine.journal.num_aborted == 1)
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_request_goes_unanswered_for_longer_than_the_read_timeout(start_stack):
+    from sala_serve.config import EngineTimeouts
+
+    timeouts = EngineTimeouts(read_s=0.2)
+    async with start_stack(Behaviour(ttft_s=60), engine_timeouts=timeouts) as stack:
+        response = await stack.http.post(PATH, json=REQUEST)
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "engine_timeout"
+
+
+async def test_two_requests_run_at_the_same_time(start_stack):
+    async with start_stack(Behaviour(ttft_s=0.3)) as stack:
+        loop = asyncio.get_running_loop()
+        started_at_s = loop.time()
+        responses = await asyncio.gather(*(stack.http.post(PATH, json=REQUEST) for _ in range(8)))
+        assert {response.status_code for response in responses} == {200}
+        assert loop.time() - started_at_s < 1.5

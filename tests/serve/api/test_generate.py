@@ -1,0 +1,166 @@
+"""Errors and load of a generating request, which chat and completions share."""
+
+import asyncio
+import json
+
+import openai
+import pytest
+
+from sala_serve.engine.fake import Behaviour
+
+PATH = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Hi"}]
+REQUEST = {"model": "sala", "messages": MESSAGES}
+
+
+async def test_unknown_model_is_refused_before_the_engine_sees_the_prompt(stack):
+    with pytest.raises(openai.NotFoundError) as caught:
+        await stack.client.chat.completions.create(model="other", messages=MESSAGES)
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    assert stack.engine.journal.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ("{", None, "invalid_request"),
+        ("[]", None, "invalid_request"),
+        ('{"a": NaN}', None, "invalid_request"),
+        ("[" * 100_000, None, "invalid_request"),
+        (b"\xff\xfe", None, "invalid_request"),
+        (json.dumps({"model": "sala"}), "messages", "invalid_request"),
+        (json.dumps({"messages": MESSAGES}), "model", "invalid_request"),
+        (json.dumps({**REQUEST, "messages": []}), "messages", "invalid_request"),
+        (json.dumps({**REQUEST, "messages": [{}]}), "messages.0.role", "invalid_request"),
+        (json.dumps({**REQUEST, "stream": "yes"}), "stream", "invalid_request"),
+        (
+            json.dumps({**REQUEST, "stream_options": {"include_usage": 1}}),
+            "stream_options.include_usage",
+            "invalid_request",
+        ),
+        (json.dumps({**REQUEST, "priority": -5}), "priority", "field_not_allowed"),
+        (json.dumps({**REQUEST, "cache_salt": "x"}), "cache_salt", "field_not_allowed"),
+        (
+            json.dumps({**REQUEST, "kv_transfer_params": {}}),
+            "kv_transfer_params",
+            "field_not_allowed",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_bad_body_is_refused_with_the_fields_path(stack, body, param, code):
+    response = await stack.http.post(PATH, content=body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert stack.engine.journal.bodies == []
+
+
+async def test_starting_engine_gives_503_with_retry_after(start_stack):
+    async with start_stack(Behaviour(health_status=503)) as stack:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await stack.client.chat.completions.create(model="sala", messages=MESSAGES)
+        assert caught.value.status_code == 503
+        assert caught.value.code == "engine_unavailable"
+        assert int(caught.value.response.headers["Retry-After"]) > 0
+
+
+async def test_engine_that_vanished_gives_503_even_before_a_probe_notices(start_stack):
+    async with start_stack() as stack:
+        await stack.gateway.clients[0].aclose()
+        stack.gateway.engine._client = type(stack.gateway.clients[0])(
+            base_url="http://127.0.0.1:9", trust_env=False
+        )
+        response = await stack.http.post(PATH, json=REQUEST)
+        await stack.gateway.engine._client.aclose()
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    assert "Retry-After" in response.headers
+
+
+async def test_engine_failure_tells_the_client_nothing_of_its_inside(stack):
+    stack.engine.behaviour.error = (500, {"message": 'File "/opt/x.py", line 3', "code": 500})
+    response = await stack.http.post(PATH, json=REQUEST)
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "The engine failed on this request.",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_error",
+    }
+
+
+async def test_bug_in_the_gateway_is_a_shaped_500(stack, monkeypatch):
+    monkeypatch.setattr(stack.gateway.monitor, "require_ready", lambda: 1 / 0)
+    response = await stack.http.post(PATH, json=REQUEST)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "ZeroDivision" not in response.text
+    labels = {"endpoint": PATH, "status": "500"}
+    assert await stack.metric("sala_gateway_requests_total", **labels) == 1
+
+
+async def test_slow_upload_times_out(start_stack):
+    async with start_stack(upload_timeout_s=0.2) as stack:
+
+        async def body():
+            yield b'{"model":'
+            await asyncio.sleep(5)
+
+        response = await stack.http.post(PATH, content=body())
+        assert response.status_code == 408
+        assert response.json()["error"]["code"] == "upload_timeout"
+
+
+async def test_only_known_headers_reach_the_engine(stack):
+    headers = {
+        "Authorization": "Bearer secret",
+        "X-data-parallel-rank": "1",
+        "traceparent": "00-1-2-3",
+        "X-Request-Id": "abc",
+    }
+    await stack.http.post(PATH, json=REQUEST, headers=headers)
+    (seen,) = stack.engine.journal.headers
+    assert seen["x-request-id"] == "abc"
+    assert seen["traceparent"] == "00-1-2-3"
+    assert "authorization" not in seen
+    assert "x-data-parallel-rank" not in seen
+
+
+@pytest.mark.slow
+async def test_million_token_bodies_do_not_block_the_loop(stack):
+    text = "The quick brown fox, 中文 tokens. " * 150_000
+    body = json.dumps({**REQUEST, "messages": [{"role": "user", "content": text}]})
+    loop = asyncio.get_running_loop()
+    gaps_s = []
+
+    async def tick():
+        while True:
+            before_s = loop.time()
+            await asyncio.sleep(0.001)
+            gaps_s.append(loop.time() - before_s)
+
+    # the client and both servers share this loop, so the bound is loose
+    ticking = asyncio.create_task(tick())
+    response = await stack.http.post(PATH, content=body.encode(), timeout=30)
+    ticking.cancel()
+    assert response.status_code == 200
+    assert stack.engine.journal.bodies[0]["messages"][0]["content"] == text
+    assert max(gaps_s) < 0.5
+
+
+async def test_no_prompt_reaches_the_log(stack, caplog):
+    caplog.set_level("DEBUG", logger="sala_serve")
+    secret = "a-secret-sentence"
+    bodies = [
+        {"model": "sala", "messages": [{"role": "user", "content": secret}]},
+        {"model": "sala", "messages": [{"content": secret}]},
+        {"model": "sala", "messages": secret},
+    ]
+    for body in bodies:
+        await stack.http.post(PATH, json=body)
+        await stack.http.post(PATH, json={**body, "stream": True})
+    assert "prompt_tokens=7 cached_tokens=4 completion_tokens=3" in caplog.text
+    assert secret not in caplog.text
