@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_KEPT_LINES = 400
 _MAX_LINE_CHARS = 2000
+_LAST_OUTPUT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,15 @@ class EngineSupervisor:
             os.close(lifeline_read)
             os.close(output_write)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._read_lines(output_read, lines))
+            reading = group.create_task(self._read_lines(output_read, lines))
             try:
                 yield process
             finally:
                 os.close(lifeline_write)
                 await self._end(process)
+                # the output ends with its last holder, unless one has left the process group
+                await asyncio.wait({reading}, timeout=_LAST_OUTPUT_S)
+                reading.cancel()
 
     async def _end(self, process: Process) -> None:
         with suppress(TimeoutError):

@@ -1,0 +1,190 @@
+"""The real process: signals, draining, the engine beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+PATH = "/v1/chat/completions"
+REQUEST = {"model": "sala", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+
+
+class Process:
+    """A running ``sala-serve``; what it prints is kept."""
+
+    def __init__(self, process):
+        self.process = process
+        self.out = ""
+        self.err = ""
+        self.url = ""
+
+    def kill(self, number):
+        self.process.send_signal(number)
+
+    async def exit_status(self):
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+    async def read(self, stream, name):
+        while chunk := await stream.read(65536):
+            setattr(self, name, getattr(self, name) + chunk.decode())
+            if found := re.search(r"listening on (http://\S+?),", self.err):
+                self.url = found[1]
+
+
+@asynccontextmanager
+async def sala_serve(*arguments, env=None):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sala_serve", *arguments),
+        env=env,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    it = Process(process)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(it.read(process.stdout, "out"))
+        group.create_task(it.read(process.stderr, "err"))
+        try:
+            yield it
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+@pytest.fixture
+async def behind_gateway(fake_engine, eventually):
+    """Start ``sala-serve gateway`` in front of a fake engine."""
+    engine, engine_url = fake_engine
+
+    @asynccontextmanager
+    async def start(**variables):
+        env = {**os.environ, **variables}
+        arguments = ("gateway", "--engine-url", engine_url, "--port", "0")
+        async with sala_serve(*arguments, env=env) as it:
+            await eventually(lambda: "Ready after" in it.out)
+            async with httpx.AsyncClient(base_url=it.url, timeout=20) as http:
+                yield engine, it, http
+
+    return start
+
+
+async def test_sigterm_lets_running_streams_finish_and_admits_no_more(behind_gateway):
+    async with behind_gateway() as (engine, it, http):
+        engine.behaviour.num_tokens, engine.behaviour.itl_s = 10, 0.1
+        async with http.stream("POST", PATH, json=REQUEST) as response:
+            chunks = response.aiter_text()
+            text = await anext(chunks)
+            it.kill(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            probe = await http.get("/readyz")
+            assert (probe.status_code, probe.json()["error"]["code"]) == (503, "shutting_down")
+            assert (await http.post(PATH, json=REQUEST)).status_code == 503
+            async for chunk in chunks:
+                text += chunk
+        assert "word9" in text
+        assert text.endswith("data: [DONE]\n\n")
+        assert await it.exit_status() == 0
+
+
+async def test_requests_that_outlast_the_drain_end_with_an_error(behind_gateway):
+    async with behind_gateway(SALA_SERVE_DRAIN_TIMEOUT_S="0.5") as (engine, it, http):
+        engine.behaviour.num_tokens, engine.behaviour.itl_s = 1000, 0.05
+        async with http.stream("POST", PATH, json=REQUEST) as response:
+            chunks = response.aiter_text()
+            text = await anext(chunks)
+            it.kill(signal.SIGTERM)
+            async for chunk in chunks:
+                text += chunk
+        last = json.loads(text.split("\n\n")[-2].removeprefix("data: "))
+        assert last["error"]["code"] == "shutting_down"
+        assert "[DONE]" not in text
+        assert await it.exit_status() == 0
+        assert engine.journal.num_aborted == 1
+        assert "cut 1 requests" in it.err
+
+
+async def test_second_signal_cuts_at_once(behind_gateway, eventually):
+    async with behind_gateway() as (engine, it, http):
+        engine.behaviour.ttft_s = 60
+        async with asyncio.TaskGroup() as group:
+            posting = group.create_task(http.post(PATH, json=REQUEST))
+            await eventually(lambda: engine.journal.num_running == 1)
+            it.kill(signal.SIGINT)
+            await eventually(lambda: "1 requests run" in it.err)
+            it.kill(signal.SIGINT)
+            response = await posting
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        assert await it.exit_status() == 0
+
+
+async def test_up_answers_at_once_becomes_ready_and_prints_a_curl_line_that_works(stub, eventually):
+    arguments = ("up", str(stub.checkpoint), "--port", "0")
+    async with sala_serve(*arguments, env=stub.env("slow_start")) as it:
+        await eventually(lambda: it.url)
+        async with httpx.AsyncClient(base_url=it.url) as http:
+            probe = await http.get("/readyz")
+            assert probe.status_code == 503
+            assert "engine starting" in probe.json()["error"]["message"]
+            assert (await http.get("/healthz")).status_code == 200
+        await eventually(lambda: "Ready after" in it.out and it.out.endswith("\n\n"))
+        curl = await asyncio.create_subprocess_shell(
+            it.out.partition("Try:")[2],
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        answer, _ = await curl.communicate()
+        assert json.loads(answer)["model"] == "checkpoint"
+        assert len(stub.alive()) == 2
+        it.kill(signal.SIGTERM)
+        assert await it.exit_status() == 0
+        assert "engine | " in it.err
+    await eventually(lambda: not stub.alive())
+
+
+async def test_nothing_of_the_engine_outlives_a_killed_gateway(stub, eventually):
+    arguments = ("up", str(stub.checkpoint), "--port", "0")
+    async with sala_serve(*arguments, env=stub.env("ok")) as it:
+        await eventually(lambda: "Ready after" in it.out)
+        assert len(stub.alive()) == 2
+        it.kill(signal.SIGKILL)
+        await it.exit_status()
+        await eventually(lambda: not stub.alive())
+
+
+async def test_up_says_why_the_engine_cannot_start(stub, eventually):
+    arguments = ("up", str(stub.checkpoint), "--port", "0")
+    async with sala_serve(*arguments, env=stub.env("die_at_start")) as it:
+        assert await it.exit_status() == 1
+    last = it.err.partition("sala-serve: error: ")[2]
+    assert "did not start in 3 attempts" in last
+    assert "OSError: no file named model.safetensors found" in last
+    await eventually(lambda: not stub.alive())
+
+
+async def test_up_refuses_a_checkpoint_that_is_not_sala(stub):
+    config = json.loads((stub.checkpoint / "config.json").read_text())
+    config["mixer_types"] = ["mamba", "minicpm4"]
+    (stub.checkpoint / "config.json").write_text(json.dumps(config))
+    async with sala_serve("up", str(stub.checkpoint), env=stub.env("ok")) as it:
+        assert await it.exit_status() == 2
+    assert it.err.startswith("sala-serve: error: mixer_types: supported are")
+    assert len(it.err.splitlines()) == 1
+    assert stub.pids() == []
+
+
+async def test_port_in_use_is_a_clear_error(stub, fake_engine):
+    port = fake_engine[1].rpartition(":")[2]
+    arguments = ("up", str(stub.checkpoint), "--port", port)
+    async with sala_serve(*arguments, env=stub.env("ok")) as it:
+        assert await it.exit_status() == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in it.err
+    assert stub.pids() == []
