@@ -1,0 +1,1 @@
+"""Training and evaluation data: real English text, a tokenizer and retrieval tasks."""

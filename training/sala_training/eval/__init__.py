@@ -1,0 +1,1 @@
+"""Measurements of a trained checkpoint on text it has never seen."""
