@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from sala_serve.engine.launch import EngineOptions, engine_command, reserved_flag
+
+SOCKET = Path("/run/engine.sock")
+
+
+def command(on_gpu=False, env=None, **options):
+    engine = EngineOptions(model=Path("/models/m"), served_model_name="m", **options)
+    return engine_command(engine, socket=SOCKET, on_gpu=on_gpu, env=env or {})
+
+
+def value(argv, flag):
+    return argv[argv.index(flag) + 1]
+
+
+def test_cpu_gets_what_starts_fastest():
+    it = command()
+    assert value(it.argv, "--dtype") == "float32"
+    assert "--enforce-eager" in it.argv
+    assert it.env["VLLM_CPU_KVCACHE_SPACE"] == "4"
+
+
+def test_gpu_gets_vllms_own_defaults():
+    it = command(on_gpu=True)
+    assert "--dtype" not in it.argv
+    assert "--enforce-eager" not in it.argv
+    assert "VLLM_CPU_KVCACHE_SPACE" not in it.env
+
+
+def test_users_choices_win():
+    env = {"VLLM_CPU_KVCACHE_SPACE": "40"}
+    extra = ["--max-num-seqs", "2"]
+    it = command(
+        env=env, max_model_len="64k", dtype="bfloat16", tensor_parallel_size=2, extra=extra
+    )
+    assert value(it.argv, "--max-model-len") == "64k"
+    assert value(it.argv, "--dtype") == "bfloat16"
+    assert value(it.argv, "--tensor-parallel-size") == "2"
+    assert list(it.argv[-2:]) == extra
+    assert it.env["VLLM_CPU_KVCACHE_SPACE"] == "40"
+
+
+def test_engine_listens_on_the_socket_only():
+    it = command()
+    assert value(it.argv, "--uds") == str(SOCKET)
+    assert value(it.argv, "--served-model-name") == "m"
+
+
+@pytest.mark.parametrize(
+    ("extra", "flag"),
+    [
+        (["--max-num-seqs", "2"], None),
+        (["--api-key=x"], "--api-key"),
+        (["--served_model_name", "x"], "--served-model-name"),
+    ],
+)
+def test_flags_that_would_keep_the_gateway_out_are_found(extra, flag):
+    assert reserved_flag(extra) == flag

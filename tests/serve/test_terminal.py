@@ -1,0 +1,116 @@
+"""The chat client as a user runs it: a process against a real gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+import pytest
+
+from sala_serve.config import ApiKeys
+from sala_serve.engine.fake import Behaviour, Ending
+from sala_serve.terminal import Answer, ChatError, read_context
+
+
+async def chat(*arguments, stdin=b"", **variables):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SALA_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sala_serve", "chat", *arguments),
+        env={**env, **variables},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(20):
+        out, err = await process.communicate(stdin)
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_answer_goes_to_stdout_and_figures_to_stderr(start_stack):
+    async with start_stack(Behaviour(itl_s=0.05)) as stack:
+        status, out, err = await chat("--url", stack.url, "Say something")
+    assert (status, out) == (0, "word0 word1 word2 \n")
+    assert err.startswith("time to first token 0.")
+    assert "prompt 7 tokens, 4 cached | completion 3 tokens | " in err
+    assert "\x1b" not in out + err
+    (body,) = stack.engine.journal.bodies
+    assert body["messages"] == [{"role": "user", "content": "Say something"}]
+    assert "max_tokens" not in body
+
+
+async def test_question_comes_from_a_pipe_and_files_go_before_it(stack, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "b.md").write_text("second")
+    (tmp_path / "notes" / "a.txt").write_text("first")
+    (tmp_path / "notes" / "image.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "notes" / ".git").mkdir()
+    (tmp_path / "notes" / ".git" / "config").write_text("hidden")
+    arguments = ("--file", str(tmp_path / "notes"), "--max-tokens", "5")
+    status, _, err = await chat(*arguments, stdin=b"Which?", SALA_SERVE_URL=stack.url)
+    assert status == 0, err
+    (body,) = stack.engine.journal.bodies
+    assert body["max_tokens"] == 5
+    folder = tmp_path / "notes"
+    assert body["messages"][0]["content"] == (
+        f'<file name="{folder}/a.txt">\nfirst\n</file>\n\n'
+        f'<file name="{folder}/b.md">\nsecond\n</file>\n\n'
+        "Which?"
+    )
+
+
+async def test_no_server_is_one_clear_line():
+    status, out, err = await chat("--url", "http://127.0.0.1:9", "Hi")
+    assert (status, out) == (1, "")
+    assert err == (
+        "sala-serve: error: no server at http://127.0.0.1:9; start one with: sala-serve up MODEL\n"
+    )
+
+
+async def test_too_long_prompt_shows_the_servers_message(stack):
+    message = "This model's maximum context length is 10 tokens. Please reduce the length."
+    stack.engine.behaviour.error = (400, {"message": message, "code": 400})
+    status, _, err = await chat("--url", stack.url, "Hi")
+    assert (status, err) == (1, f"sala-serve: error: {message}\n")
+
+
+async def test_broken_stream_is_an_error_after_what_came(start_stack):
+    async with start_stack(Behaviour(ending=Ending.CONNECTION_LOST)) as stack:
+        status, out, err = await chat("--url", stack.url, "Hi")
+    assert (status, out) == (1, "word0 word1 word2 \n")
+    assert "broke before the answer was complete" in err
+
+
+async def test_key_is_taken_from_flag_or_environment(start_stack):
+    async with start_stack(api_keys=ApiKeys(("sk-one",))) as stack:
+        assert (await chat("--url", stack.url, "Hi", SALA_SERVE_API_KEY="sk-one"))[0] == 0
+        status, _, err = await chat("--url", stack.url, "--api-key", "sk-two", "Hi")
+    assert (status, err) == (1, "sala-serve: error: Incorrect API key provided.\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "cannot read .*No such file"),
+        ("image.png", b"\x89PNG\xff", "not a text file"),
+        ("nul.txt", b"a\0b", "not a text file"),
+    ],
+)
+def test_unusable_file_is_a_clear_error(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ChatError, match=message):
+        read_context([tmp_path / name])
+
+
+def test_folder_without_text_is_a_clear_error(tmp_path):
+    with pytest.raises(ChatError, match="no text file in"):
+        read_context([tmp_path])
+
+
+def test_rate_counts_the_tokens_after_the_first():
+    usage = {"prompt_tokens": 5, "completion_tokens": 11}
+    answer = Answer(text="", ttft_s=2.0, duration_s=7.0, usage=usage)
+    assert answer.summary() == (
+        "time to first token 2.00 s | prompt 5 tokens, 0 cached | completion 11 tokens | 2.0 tokens/s"
+    )
