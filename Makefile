@@ -12,7 +12,7 @@ install: ## make .venv from the lock file; under a second when nothing has chang
 	@scripts/install
 
 serve: install ## serve the demo model on port 8000 (MODEL=folder SALA_SERVE_PORT=port)
-	@.venv/bin/sala-serve up "$(MODEL)" --served-model-name "$(NAME)"
+	@exec .venv/bin/sala-serve up "$(MODEL)" --served-model-name "$(NAME)"
 
 test: install ## run every test (SALA_TEST_SELECT="tests/serve -x" for some)
 	@scripts/test

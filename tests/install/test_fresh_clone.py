@@ -170,7 +170,7 @@ def ask_with_printed_command(output: Path) -> dict[str, Any]:
     ):
         assert time.monotonic() < end_at_s, f"no curl command was printed:\n{tail(output)}"
         time.sleep(0.1)
-    words = shlex.split(match[0])
+    words = shlex.split(match[0].replace("\\\n", " "))
     if shutil.which("curl"):
         answer = subprocess.run(words, capture_output=True, timeout=300, check=True).stdout
     else:
