@@ -75,7 +75,7 @@ async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as group:
         for server, listener in zip(servers, apps, strict=True):
             group.create_task(server.serve(sockets=[listener]))
-        while not all(server.started for server in servers):
+        while not all(server.started for server in servers):  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.002)
         try:
             yield
@@ -93,20 +93,18 @@ async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> Asy
     )
     config = {"engine_url": engine_url, "probe_interval_s": 0.02, **config}
     gateway = Gateway.create(GatewayConfig(**config))
-    async with _serve({engine_listener: engine.app, listener: build_app(gateway)}):
-        async with (
-            httpx.AsyncClient(base_url=url, timeout=10) as http,
-            AsyncOpenAI(
-                base_url=f"{url}/v1", api_key="any", max_retries=0, http_client=http
-            ) as client,
-        ):
-            if engine.behaviour.health_status == 200:
-                async with asyncio.timeout(5):
-                    await gateway.monitor.wait_ready()
-            try:
-                yield Stack(engine, gateway, url, client, http)
-            finally:
-                gateway.running.cut_all()
+    async with (
+        _serve({engine_listener: engine.app, listener: build_app(gateway)}),
+        httpx.AsyncClient(base_url=url, timeout=10) as http,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, http_client=http) as client,
+    ):
+        if engine.behaviour.health_status == 200:
+            async with asyncio.timeout(5):
+                await gateway.monitor.wait_ready()
+        try:
+            yield Stack(engine, gateway, url, client, http)
+        finally:
+            gateway.running.cut_all()
 
 
 @pytest.fixture
@@ -124,11 +122,11 @@ async def stack() -> AsyncIterator[Stack]:
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], object]], Any]:
-    """Wait until a condition holds, five seconds at most."""
+    """Wait until a condition holds, twenty seconds at most: the machine may be busy."""
 
     async def wait(condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(5):
-            while not condition():
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110 - often about another process
                 await asyncio.sleep(0.01)
 
     return wait
@@ -161,6 +159,7 @@ class Stub:
         """Environment in which the stub is found and behaves as ``mode`` says."""
         return {
             **{key: value for key, value in os.environ.items() if not key.startswith("SALA_")},
+            "TMPDIR": str(self.folder),
             "PYTHONPATH": str(self.folder / "packages"),
             "STUB_MODE": mode,
             "STUB_PIDS": str(self.folder / "pids"),

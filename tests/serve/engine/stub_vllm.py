@@ -3,6 +3,7 @@
 ``STUB_MODE`` says how it behaves, ``STUB_PIDS`` names the file to which it adds its process ids.
 """
 
+# ruff: noqa: T201
 import os
 import signal
 import subprocess

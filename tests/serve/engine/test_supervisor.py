@@ -124,8 +124,7 @@ async def test_delay_doubles_unless_the_engine_was_healthy_for_a_while(
     policy = RestartPolicy(max_delay_s=3.0, healthy_after_s=healthy_after_s, max_failed_starts=1)
     it = bench("die_after_ready", policy)
     async with asyncio.timeout(30), it.running():
-        while len(it.delays_s) < 3:
-            await asyncio.sleep(0.05)
+        await eventually(lambda: len(it.delays_s) >= 3)
     assert it.delays_s[:3] == delays_s
 
 
