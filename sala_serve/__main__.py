@@ -26,7 +26,7 @@ from sala_serve.config import (
     load_gateway_config,
     read_api_key_file,
 )
-from sala_serve.engine.launch import EngineOptions, engine_command, has_gpu, reserved_flag
+from sala_serve.engine.launch import EngineOptions, engine_command, reserved_flag, runs_on_gpu
 from sala_serve.engine.supervisor import EngineStartFailed, EngineSupervisor, RestartPolicy
 from sala_serve.gateway import Gateway
 from sala_serve.serving import bind, serve
@@ -66,6 +66,7 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
         raise ConfigError(f"{flag} cannot be passed to vLLM: sala-serve up sets it itself")
     model = options.model.resolve()
     SalaSpec.from_file(model)
+    on_gpu = runs_on_gpu()
     with tempfile.TemporaryDirectory(prefix="sala-serve-") as folder:
         engine_socket = Path(folder, "engine.sock")
         config = _gateway_config(options, engine_url="http://engine", engine_socket=engine_socket)
@@ -80,7 +81,7 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
             extra=extra,
         )
         supervisor = EngineSupervisor(
-            engine_command(engine_options, socket=engine_socket, on_gpu=has_gpu(), env=os.environ),
+            engine_command(engine_options, socket=engine_socket, on_gpu=on_gpu, env=os.environ),
             socket=engine_socket,
             monitor=gateway.monitor,
             policy=RestartPolicy(),

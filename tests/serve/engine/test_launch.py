@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from sala_serve.config import ConfigError
+from sala_serve.engine import launch
 from sala_serve.engine.launch import EngineOptions, engine_command, reserved_flag
 
 SOCKET = Path("/run/engine.sock")
@@ -41,6 +43,35 @@ def test_users_choices_win():
     assert value(it.argv, "--tensor-parallel-size") == "2"
     assert list(it.argv[-2:]) == extra
     assert it.env["VLLM_CPU_KVCACHE_SPACE"] == "40"
+
+
+def test_engine_does_not_see_the_gateways_keys():
+    it = command(env={"SALA_SERVE_API_KEYS": "sk-one", "SALA_VLLM_X": "1"})
+    assert "SALA_SERVE_API_KEYS" not in it.env
+    assert it.env["SALA_VLLM_X"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("version", "has_driver", "expected"),
+    [("0.32.0", True, True), ("0.32.0", False, False), ("0.32.0+cpu", True, False)],
+)
+def test_gpu_needs_a_driver_and_a_build_for_it(
+    monkeypatch, tmp_path, version, has_driver, expected
+):
+    monkeypatch.setattr(launch.metadata, "version", lambda _name: version)
+    driver = tmp_path / "nvidiactl"
+    if has_driver:
+        driver.touch()
+    assert launch.runs_on_gpu(driver) is expected
+
+
+def test_missing_vllm_is_a_clear_error(monkeypatch):
+    def missing(name):
+        raise launch.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(launch.metadata, "version", missing)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        launch.runs_on_gpu()
 
 
 def test_engine_listens_on_the_socket_only():
