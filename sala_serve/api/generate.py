@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 
 from sala_serve.answers import error_event, error_response
 from sala_serve.api.schema import Generation, parse_generation
-from sala_serve.api.sse import DONE, EventWriter, event_data, split_events
+from sala_serve.api.sse import DONE, AnswerWriter, event_data, split_events
 from sala_serve.engine.vllm_errors import error_from_vllm
 from sala_serve.errors import ClientDisconnected, EngineLost, GatewayError, UploadTimeout
 from sala_serve.middleware.request_id import HEADER as REQUEST_ID_HEADER
@@ -45,7 +44,7 @@ class GenerationEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to its end, which is always counted in its record."""
         record = RequestRecord.of(scope)
-        writer = EventWriter(send, send_timeout_s=self._gateway.config.send_timeout_s)
+        writer = AnswerWriter(send, send_timeout_s=self._gateway.config.send_timeout_s)
         try:
             with self._gateway.running.admit() as running:
                 generation = await self._receive(Request(scope, receive))
@@ -57,16 +56,17 @@ class GenerationEndpoint:
                     await writer.finish()
                 else:
                     body = await running.run(self._fetch(generation, headers, record), receive)
-                    await Response(body, media_type="application/json")(scope, receive, send)
+                    await writer.write_json(body)
         except GatewayError as error:
             record.status, record.error_code = error.status, error.code
             if isinstance(error, ClientDisconnected):
                 return
-            if writer.is_started:
-                await writer.write(error_event(error))
-                await writer.finish()
-            else:
+            if not writer.is_started:
                 await error_response(error)(scope, receive, send)
+                return
+            with suppress(ClientDisconnected):
+                await writer.write_event(error_event(error))
+                await writer.finish()
 
     async def _receive(self, request: Request) -> Generation:
         raw = bytearray()
@@ -101,7 +101,7 @@ class GenerationEndpoint:
         generation: Generation,
         headers: dict[str, str],
         record: RequestRecord,
-        writer: EventWriter,
+        writer: AnswerWriter,
     ) -> None:
         clock = self._gateway.clock
         async with (
@@ -111,10 +111,10 @@ class GenerationEndpoint:
             async for event in events:
                 data = event_data(event)
                 if data is None:  # a keep-alive comment during a long prefill
-                    await writer.write(event)
+                    await writer.write_event(event)
                     continue
                 if data == DONE:
-                    await writer.write(event)
+                    await writer.write_event(event)
                     return
                 chunk = self._checked_chunk(data)
                 if record.ttft_s is None:
@@ -123,7 +123,7 @@ class GenerationEndpoint:
                     record.usage = usage
                     if not chunk.get("choices") and not generation.client_wants_usage:
                         continue
-                await writer.write(event)
+                await writer.write_event(event)
         raise EngineLost("The engine's stream ended before the answer was complete.")
 
     def _checked_chunk(self, data: bytes) -> dict[str, Any]:

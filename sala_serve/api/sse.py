@@ -1,4 +1,4 @@
-"""Server-sent events: cut the engine's byte stream into events, write events to a client."""
+"""The wire: cut the engine's byte stream into server-sent events, send answers to a client."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from sala_serve.errors import ClientDisconnected
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from starlette.types import Send
+    from starlette.types import Message, Send
 
 DONE = b"[DONE]"
-_HEADERS = [
+_PIECE_BYTES = 64 * 1024
+_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
@@ -37,31 +38,47 @@ def event_data(event: bytes) -> bytes | None:
     return event.removeprefix(b"data:").strip() if event.startswith(b"data:") else None
 
 
-class EventWriter:
-    """Writes one answer as a stream of events; nothing is sent before the first :meth:`write`."""
+class AnswerWriter:
+    """Sends one answer to a client, which must keep reading: slow readers hold memory and the engine.
+
+    Each method raises :class:`ClientDisconnected` when the client takes nothing for ``send_timeout_s``.
+    """
 
     def __init__(self, send: Send, *, send_timeout_s: float) -> None:
         self._send = send
         self._send_timeout_s = send_timeout_s
         self.is_started = False
+        """Whether the status is on its way, so that it can no longer be an error's."""
 
-    async def write(self, event: bytes) -> None:
-        """Send one event, after the answer's head if it is the first.
-
-        Raises:
-            ClientDisconnected: the client took nothing for ``send_timeout_s``.
-        """
-        try:
-            async with asyncio.timeout(self._send_timeout_s):
-                if not self.is_started:
-                    self.is_started = True
-                    start = {"type": "http.response.start", "status": 200, "headers": _HEADERS}
-                    await self._send(start)
-                await self._send({"type": "http.response.body", "body": event, "more_body": True})
-        except TimeoutError:
-            raise ClientDisconnected("The client reads too slowly.") from None
+    async def write_event(self, event: bytes) -> None:
+        """Send one event of a stream, after the answer's head if it is the first."""
+        if not self.is_started:
+            await self._start(_STREAM_HEADERS)
+        await self._send_in_time({"type": "http.response.body", "body": event, "more_body": True})
 
     async def finish(self) -> None:
-        """End the answer."""
-        async with asyncio.timeout(self._send_timeout_s):
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        """End a stream."""
+        await self._send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def write_json(self, body: bytes) -> None:
+        """Send a whole answer that is not a stream."""
+        await self._start(
+            [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        )
+        for start in range(0, len(body), _PIECE_BYTES):
+            piece = body[start : start + _PIECE_BYTES]
+            await self._send_in_time(
+                {"type": "http.response.body", "body": piece, "more_body": True}
+            )
+        await self.finish()
+
+    async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        self.is_started = True
+        await self._send_in_time({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _send_in_time(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientDisconnected("The client reads too slowly.") from None

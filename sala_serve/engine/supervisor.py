@@ -91,8 +91,9 @@ class EngineSupervisor:
             if ready_for_s is None:
                 num_failed_starts += 1
                 logger.error(
-                    "engine exited with status %d before it was ready (attempt %d of %d)",
+                    "engine exited with status %d before it was ready (attempt %d of %d): %s",
                     *(status, num_failed_starts, policy.max_failed_starts),
+                    "; ".join(telling_lines(lines)),
                 )
                 if num_failed_starts >= policy.max_failed_starts:
                     self._monitor.engine_exited("the engine cannot start")

@@ -129,14 +129,20 @@ async def test_hang_up_in_the_middle_of_a_stream_aborts_in_the_engine(start_stac
         await eventually(lambda: len(stack.gateway.running) == 0)
 
 
-async def test_client_that_reads_nothing_is_cut_off(start_stack, eventually):
-    async with start_stack(Behaviour(num_tokens=200_000), send_timeout_s=0.2) as stack:
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_client_that_reads_nothing_is_cut_off(start_stack, eventually, is_stream):
+    num_tokens = 200_000 if is_stream else 2_000_000
+    async with start_stack(Behaviour(num_tokens=num_tokens), send_timeout_s=0.2) as stack:
         host, port = stack.url.removeprefix("http://").split(":")
-        body = json.dumps({**REQUEST, "stream": True}).encode()
+        body = json.dumps({**REQUEST, "stream": is_stream}).encode()
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         _, writer = await asyncio.open_connection(host, int(port), limit=1024)
         writer.write(head.encode() + body)
-        await eventually(lambda: stack.engine.journal.num_aborted == 1)
+        await eventually(lambda: len(stack.engine.journal.bodies) == 1)
+        await eventually(lambda: len(stack.gateway.running) == 0)
+        await eventually(lambda: stack.engine.journal.num_running == 0)
+        labels = {"endpoint": PATH, "status": "499"}
+        assert await stack.metric("sala_gateway_requests_total", **labels) == 1
         writer.close()
         await writer.wait_closed()
 
