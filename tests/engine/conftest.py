@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sala_kernels.spec import SalaSpec
+from sala_training.model.sala import SalaForCausalLM
+
+HERE = Path(__file__).parent
+TIME_LIMIT_S = 300
+
+SPARSE, LIGHTNING = "minicpm4", "lightning-attn"
+# 5 blocks a token (1 initial, 3 local, 1 by score) from 512 tokens on: selective at every length tested
+CONFIG: dict[str, Any] = {
+    "architectures": ["MiniCPMSALAForCausalLM"],
+    "model_type": "minicpm_sala",
+    "vocab_size": 500,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "lightning_nh": 8,
+    "lightning_nkv": 8,
+    "lightning_head_dim": 32,
+    "mixer_types": [SPARSE, LIGHTNING, LIGHTNING, SPARSE, LIGHTNING, SPARSE],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attn_use_rope": False,
+    "lightning_use_rope": True,
+    "qk_norm": True,
+    "use_output_norm": True,
+    "use_output_gate": True,
+    "attn_use_output_gate": True,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "lightning_scale": "1/sqrt(d)",
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 32,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 499],
+    "torch_dtype": "float32",
+    "sparse_config": {
+        "kernel_size": 32,
+        "kernel_stride": 16,
+        "init_blocks": 1,
+        "block_size": 64,
+        "window_size": 128,
+        "topk": 3,
+        "use_nope": False,
+        "dense_len": 512,
+    },
+}
+
+
+def random_model(config: dict[str, Any]) -> SalaForCausalLM:
+    """Random weights whose attention is peaked enough that what is attended matters."""
+    model = SalaForCausalLM(SalaSpec.from_config(config))
+    model.initialise(seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter *= 3
+    return model
+
+
+@pytest.fixture(scope="session")
+def config() -> dict[str, Any]:
+    return CONFIG
+
+
+@pytest.fixture(scope="session")
+def model() -> SalaForCausalLM:
+    return random_model(CONFIG)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model: SalaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds config.json and model.safetensors, nothing else."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(model.state_dict(), path / "model.safetensors")
+    return path
+
+
+def random_prompts(*lengths: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 499, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Dense, mixed and far into the sparse range; lengths on and off every boundary."""
+    return random_prompts(5, 900, 1500, 2300, 640, seed=1)
+
+
+@dataclass
+class Oracle:
+    """The model in plain PyTorch, one pass over whole sequences."""
+
+    model: SalaForCausalLM
+
+    @torch.no_grad()
+    def next_tokens(self, prompt: list[int], tokens: list[int], **options: Any) -> list[int]:
+        """Its greedy choice at each step, given the prompt and the tokens before that step."""
+        logits = self.model(torch.tensor([prompt + tokens]), **options)[0]
+        return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.fixture(scope="session")
+def oracle(model: SalaForCausalLM) -> Oracle:
+    return Oracle(model)
+
+
+@pytest.fixture(scope="session")
+def always_sparse_oracle(oracle: Oracle) -> Oracle:
+    spec = replace(oracle.model.spec, sparse=replace(oracle.model.spec.sparse, dense_len=0))
+    model = SalaForCausalLM(spec)
+    model.load_state_dict(oracle.model.state_dict())
+    return Oracle(model)
+
+
+@pytest.fixture(scope="session")
+def engine_environment() -> dict[str, str]:
+    """One process and one thread: starts fastest, and does not fight for cores with its neighbours."""
+    return os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@dataclass
+class EngineRun:
+    """What an engine process generated."""
+
+    batches: list[list[dict[str, Any]]]
+    """Per batch and prompt: tokens, and how many prompt tokens were cached."""
+    preemptions: int
+    log: str
+
+
+@dataclass
+class Engine:
+    """Starts a vLLM process per call."""
+
+    checkpoint: Path
+    folder: Path
+    environment: dict[str, str]
+
+    def generate(
+        self,
+        *batches: list[list[int]],
+        max_tokens: int = 16,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> EngineRun:
+        """Generate greedily; ``arguments`` are those of ``vllm.LLM``."""
+        defaults = {
+            "model": str(self.checkpoint),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2560,
+            "kv_cache_memory_bytes": 64 << 20,
+        }
+        job = {"engine": defaults | arguments, "batches": batches, "max_tokens": max_tokens}
+        (self.folder / "job.json").write_text(json.dumps(job))
+        result_path = self.folder / "result.json"
+        process = subprocess.run(
+            [sys.executable, HERE / "generate.py", self.folder / "job.json", result_path],
+            env=self.environment | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIME_LIMIT_S,
+            check=False,
+        )
+        assert process.returncode == 0, process.stdout[-5000:]
+        return EngineRun(**json.loads(result_path.read_text()), log=process.stdout)
+
+
+@pytest.fixture
+def engine(checkpoint: Path, tmp_path: Path, engine_environment: dict[str, str]) -> Engine:
+    return Engine(checkpoint, tmp_path, engine_environment)

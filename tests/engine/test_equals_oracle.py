@@ -1,0 +1,116 @@
+"""Every greedy token of the engine equals the oracle's, however the work is cut up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.engine
+
+# fixtures in conftest.py; their classes are not importable from here
+Engine = Oracle = EngineRun = Any
+
+
+def assert_greedy(oracle: Oracle, run: EngineRun, *batches: list[list[int]]) -> None:
+    assert len(run.batches) == len(batches)
+    for batch, outputs in zip(batches, run.batches, strict=True):
+        for prompt, output in zip(batch, outputs, strict=True):
+            assert output["tokens"] == oracle.next_tokens(prompt, output["tokens"])
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 499, (length,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("step_tokens", [8192, 2048, 100, 64])
+def test_in_steps_of(
+    step_tokens: int, engine: Engine, oracle: Oracle, prompts: list[list[int]]
+) -> None:
+    run = engine.generate(prompts, max_num_batched_tokens=step_tokens, max_num_seqs=8)
+    assert_greedy(oracle, run, prompts)
+
+
+def test_dense_attention_would_give_other_tokens(oracle: Oracle, prompts: list[list[int]]) -> None:
+    # otherwise the tests here could not tell a wrong selection from the right one
+    for prompt in prompts[1:]:
+        body, tail = prompt[:-64], prompt[-64:]
+        sparse = oracle.next_tokens(body, tail)
+        dense = oracle.next_tokens(body, tail, dense=True)
+        num_other = sum(a != b for a, b in zip(sparse, dense, strict=True))
+        assert num_other > 16
+
+
+@pytest.mark.parametrize(("prefix_caching", "num_blocks"), [(True, 30), (False, 34)])
+def test_after_preemption(
+    prefix_caching: bool, num_blocks: int, engine: Engine, oracle: Oracle
+) -> None:
+    # they fit as they arrive; each needs one more block of 128 while it generates
+    batch = [random_prompt(length, seed=length) for length in (890, 889, 885, 880)]
+    run = engine.generate(
+        batch,
+        enable_prefix_caching=prefix_caching,
+        num_gpu_blocks_override=num_blocks,
+        max_model_len=1024,
+        max_num_seqs=8,
+    )
+    assert run.preemptions > 0
+    assert_greedy(oracle, run, batch)
+
+
+def test_with_prefix_hits(engine: Engine, oracle: Oracle) -> None:
+    first = random_prompt(1500, seed=1)
+    branch = first[:1400] + random_prompt(60, seed=2)
+    batches = [[first], [first], [branch], [branch], [first, branch]]
+    run = engine.generate(*batches)
+    cached = [[output["cached"] for output in outputs] for outputs in run.batches]
+    assert cached[0] == [0]
+    # whole blocks of 128 before the prompt's end
+    assert cached[1] == [1408]
+    assert cached[4] == [1408, 1408]
+    assert_greedy(oracle, run, *batches)
+
+
+def test_on_two_ranks(engine: Engine, oracle: Oracle, prompts: list[list[int]]) -> None:
+    batch = prompts[:2]
+    run = engine.generate(
+        batch,
+        tensor_parallel_size=2,
+        max_tokens=8,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    assert_greedy(oracle, run, batch)
+
+
+def test_always_sparse(engine: Engine, oracle: Oracle, always_sparse_oracle: Oracle) -> None:
+    batch = [random_prompt(length, seed=length) for length in (400, 470, 500)]
+    run = engine.generate(batch, hf_overrides={"always_sparse": True})
+    assert_greedy(always_sparse_oracle, run, batch)
+    # below dense_len the two functions differ
+    outputs = run.batches[0]
+    assert any(
+        output["tokens"] != oracle.next_tokens(prompt, output["tokens"])
+        for prompt, output in zip(batch, outputs, strict=True)
+    )
+
+
+def test_on_the_newer_model_runner(engine: Engine, oracle: Oracle) -> None:
+    # what vLLM uses on CUDA; its Triton kernels are interpreted here, so the work is small
+    batches = [[random_prompt(700, seed=1), random_prompt(5, seed=2)], [random_prompt(700, seed=1)]]
+    run = engine.generate(
+        *batches,
+        max_tokens=6,
+        max_num_batched_tokens=256,
+        max_num_seqs=4,
+        environment={
+            "TRITON_INTERPRET": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+            "PYTHONPATH": str(Path(__file__).parent / "v2_on_cpu"),
+        },
+    )
+    assert "Using V2 Model Runner" in run.log
+    assert run.batches[1][0]["cached"] == 640
+    assert_greedy(oracle, run, *batches)

@@ -1,0 +1,131 @@
+"""What the engine cannot do, it says before or while it starts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.engine
+
+EXPECTED = {
+    "fp8_cache": "kv_cache_dtype: expected 'auto' (torch.float32), got 'fp8': block selection",
+    "four_ranks": "tensor_parallel_size: expected a divisor of 2 KV heads and 8 lightning heads, got 4",
+    "pipeline": "Pipeline parallelism is not supported for this model",
+    "drafts": "speculative_config: expected none",
+    "too_long": "max_model_len (5000) is greater than the derived max_model_len",
+    "too_little_memory": "Try increasing `gpu_memory_utilization`",
+    "unknown_mixer": "mixer_types: supported are ['minicpm4', 'lightning-attn'], got ['mamba2']",
+    "missing_field": "scale_emb: missing from config.json",
+    "wrong_override": "always_sparse: expected true or false, got 'yes'",
+    "missing_weights": "missing model.norm.weight; missing model.layers.3.self_attn.o_gate.weight",
+    "unexpected_weight": "unexpected model.layers.3.self_attn.q_norm.weight",
+    "wrong_shape": "model.layers.1.self_attn.o_norm.weight: expected shape (256,), got (32,)",
+}
+
+
+@pytest.fixture(scope="module")
+def errors(
+    config: dict[str, Any],
+    model: torch.nn.Module,
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    engine_environment: dict[str, str],
+) -> dict[str, str | None]:
+    """The error of each attempt to start, in one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+
+    def arguments(path: Path = checkpoint, **more: Any) -> dict[str, Any]:
+        memory_bytes = 64 << 20
+        common = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": memory_bytes}
+        return {"model": str(path), **common, **more}
+
+    def variant(name: str, edit_config: Any = None, edit_weights: Any = None) -> Path:
+        fields, weights = copy.deepcopy(config), dict(model.state_dict())
+        if edit_config:
+            edit_config(fields)
+        if edit_weights:
+            edit_weights(weights)
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(fields))
+        save_file(weights, folder / name / "model.safetensors")
+        return folder / name
+
+    def drop_two(weights: dict[str, torch.Tensor]) -> None:
+        del weights["model.norm.weight"], weights["model.layers.3.self_attn.o_gate.weight"]
+
+    def add_norm(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.3.self_attn.q_norm.weight"] = torch.ones(32)
+
+    def shrink_norm(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.1.self_attn.o_norm.weight"] = torch.ones(32)
+
+    def rename_mixer(fields: dict[str, Any]) -> None:
+        fields["mixer_types"][1] = "mamba2"
+
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    jobs = {
+        "fp8_cache": arguments(kv_cache_dtype="fp8"),
+        "four_ranks": arguments(tensor_parallel_size=4),
+        "pipeline": arguments(pipeline_parallel_size=2),
+        "drafts": arguments(speculative_config=drafts),
+        "too_long": arguments(max_model_len=5000),
+        "too_little_memory": arguments(max_model_len=4096, kv_cache_memory_bytes=1 << 20),
+        "unknown_mixer": arguments(variant("unknown_mixer", edit_config=rename_mixer)),
+        "missing_field": arguments(
+            variant("missing_field", lambda fields: fields.pop("scale_emb"))
+        ),
+        "wrong_override": arguments(hf_overrides={"always_sparse": "yes"}),
+        "missing_weights": arguments(variant("missing_weights", edit_weights=drop_two)),
+        "unexpected_weight": arguments(variant("unexpected_weight", edit_weights=add_norm)),
+        "wrong_shape": arguments(variant("wrong_shape", edit_weights=shrink_norm)),
+        "nothing_wrong": arguments(),
+    }
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).parent / "try_to_start.py"
+    process = subprocess.run(
+        [sys.executable, script, folder / "jobs.json", folder / "errors.json"],
+        env=engine_environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+    return json.loads((folder / "errors.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_is_refused_with_a_reason(name: str, errors: dict[str, str | None]) -> None:
+    assert EXPECTED[name] in str(errors[name])
+
+
+def test_nothing_else_is_refused(errors: dict[str, str | None]) -> None:
+    assert errors.pop("nothing_wrong") is None
+    assert set(errors) == set(EXPECTED)
+
+
+def test_a_device_without_kernels_is_refused() -> None:
+    # run elsewhere: vLLM would configure this process
+    program = """
+from types import SimpleNamespace as Fake
+from vllm_ext.models import limits
+limits.current_platform = Fake(device_type="cuda")
+config = Fake(model_config=Fake(hf_config=Fake(spec=None)))
+try:
+    limits.SalaLimits.verify_and_update_config(config)
+except NotImplementedError as error:
+    print(error)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "SALA runs on the CPU only, got device 'cuda'" in process.stdout
