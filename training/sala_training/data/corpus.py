@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 import subprocess
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -29,9 +30,28 @@ logger = logging.getLogger(__name__)
 MIN_DOCUMENT_CHARS = 600
 MIN_DUPLICATE_CHARS = 48
 """Shorter paragraphs (headings, "See also:") may repeat across documents."""
+MAX_REPEATS = 100
+"""Times that one shorter paragraph may occur in a package: more is furniture of its pages."""
 JOINED_DOCUMENT_CHARS = 400_000
 _STOP_WORDS = frozenset(
-    "the of and to a in is that it for as with be this are on not or by you can an if from".split()
+    {
+        "the",
+        "of",
+        "and",
+        "to",
+        "a",
+        "in",
+        "is",
+        "that",
+        "it",
+        "for",
+        "as",
+        "with",
+        "be",
+        "this",
+        "are",
+    }
+    | {"on", "not", "or", "by", "you", "can", "an", "if", "from"}
 )
 MIN_STOP_WORD_FRAC = 0.12
 """Share of the commonest English words below which a page is a listing or another language."""
@@ -103,6 +123,7 @@ def read_source(source: Source, tree: Path, version: str) -> list[Document]:
     """
     documents: list[Document] = []
     joined: list[tuple[str, str]] = []
+    joined_folder = ""
 
     def add(path: str, text: str) -> None:
         held_out = source.is_held_out or text.split("\n", 1)[0] in source.held_out_titles
@@ -119,10 +140,11 @@ def read_source(source: Source, tree: Path, version: str) -> list[Document]:
             if not source.join_pages:
                 add(name, text)
                 continue
-            folder = name.rsplit("/", 1)[0]
+            folder = str(path.parent.relative_to(tree))
             is_full = sum(len(page) for _, page in joined) > JOINED_DOCUMENT_CHARS
-            if joined and (joined[-1][0].rsplit("/", 1)[0] != folder or is_full):
+            if joined and (joined_folder != folder or is_full):
                 flush()
+            joined_folder = folder
             joined.append((name, text))
     flush()
     return documents
@@ -165,12 +187,12 @@ def _read_file(source: Source, path: Path) -> Iterator[str]:
 
 
 def clean(text: str) -> str:
-    """Drop paragraphs that are mostly not letters or mostly not ASCII."""
+    """Drop paragraphs that are mostly not ASCII letters, such as tables of numbers and lone marks."""
     kept = []
     for paragraph in text.split("\n\n"):
-        num_chars = len(paragraph)
-        num_ascii_letters = len(re.findall(r"[A-Za-z ]", paragraph))
-        if num_chars >= 8 and num_ascii_letters < 0.6 * num_chars:
+        num_letters = len(re.findall(r"[A-Za-z]", paragraph))
+        num_spaces = paragraph.count(" ")
+        if num_letters < 2 or num_letters + num_spaces < 0.6 * len(paragraph):
             continue
         kept.append(paragraph)
     return "\n\n".join(kept)
@@ -196,6 +218,7 @@ def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
         documents: in order of precedence; pass held-out documents first.
     """
     seen: set[bytes] = set()
+    repeats: Counter[tuple[str, str]] = Counter()
     for document in documents:
         kept = []
         for paragraph in document.text.split("\n\n"):
@@ -204,6 +227,10 @@ def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
                 if key in seen:
                     continue
                 seen.add(key)
+            else:
+                repeats[document.package, paragraph] += 1
+                if repeats[document.package, paragraph] > MAX_REPEATS:
+                    continue
             kept.append(paragraph)
         text = "\n\n".join(kept)
         if len(text) >= MIN_DOCUMENT_CHARS:
@@ -256,27 +283,3 @@ def write_jsonl(documents: Iterable[Document], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         for document in documents:
             file.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
-
-
-def provenance(documents: Sequence[Document]) -> list[dict[str, object]]:
-    """Return one row per package and side of the split: version, licence, documents and bytes."""
-    rows: dict[tuple[str, bool], dict[str, object]] = {}
-    counts: dict[tuple[str, bool], list[int]] = {}
-    for document in documents:
-        key = (document.package, document.is_held_out)
-        rows.setdefault(
-            key,
-            {
-                "package": document.package,
-                "version": document.version,
-                "licence": document.licence,
-                "is_held_out": document.is_held_out,
-            },
-        )
-        count = counts.setdefault(key, [0, 0])
-        count[0] += 1
-        count[1] += len(document.text.encode())
-    return [
-        {**row, "num_documents": counts[key][0], "text_bytes": counts[key][1]}
-        for key, row in rows.items()
-    ]

@@ -10,10 +10,10 @@ import gzip
 import re
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from selectolax.lexbor import LexborNode
@@ -23,8 +23,24 @@ MAX_CODE_LINES = 12
 MAX_TABLE_ROWS = 40
 
 _BLOCKS = frozenset(
-    "p div section article main body h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table thead tbody tr caption "
-    "blockquote figure figcaption hr address title page item steps steps list note terms center".split()
+    {
+        "p",
+        "div",
+        "section",
+        "article",
+        "main",
+        "body",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "ul",
+        "ol",
+    }
+    | {"dl", "dt", "dd", "table", "thead", "tbody", "tr", "caption", "blockquote", "figure", "hr"}
+    | {"figcaption", "address", "title", "page", "steps", "list", "note", "terms", "center"}
 )
 _DROPPED = (
     "script, style, nav, head > *, svg, img, form, button, footer, noscript, object, iframe, "
@@ -44,7 +60,6 @@ _TYPOGRAPHY = str.maketrans(
         "\u2011": "-",
         "\u2012": "-",
         "\u2013": "-",
-        "\u2014": " - ",
         "\u2212": "-",
         "\u2026": "...",
         "\u00a0": " ",
@@ -70,11 +85,13 @@ _TYPOGRAPHY = str.maketrans(
 )
 _LINE_MARK = "\x00"
 _SPACE_MARK = "\x01"
+_ITEM = "\n- "
 
 
 def normalise(text: str) -> str:
     """Return ``text`` with ASCII typography, no trailing spaces and at most one empty line in a row."""
     text = text.translate(_TYPOGRAPHY)
+    text = re.sub(r" ?\u2014 ?", " - ", text)
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text)
     text = re.sub(r" +\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -113,9 +130,12 @@ def html_to_text(html: str, root: str, drop: str) -> str:
 
 def _walk(node: LexborNode, parts: list[str]) -> None:
     for child in node.iter(include_text=True):
-        tag = child.tag
+        tag = child.tag or "-"
         if tag == "-text":
-            parts.append((child.text_content or "").replace("\n", " "))
+            text = (child.text_content or "").replace("\n", " ")
+            # space between an item's mark and its first paragraph would separate the two
+            if not (text.isspace() and parts and parts[-1] == _ITEM):
+                parts.append(text)
         elif tag in ("pre", "screen"):
             code = child.text(deep=True).strip("\n")
             lines = [line.rstrip() for line in code.split("\n")]
@@ -125,12 +145,12 @@ def _walk(node: LexborNode, parts: list[str]) -> None:
         elif tag == "br":
             parts.append(" ")
         elif tag == "li" or tag == "item":
-            parts.append("\n- ")
+            parts.append(_ITEM)
             _walk(child, parts)
             parts.append("\n")
         elif tag in _BLOCKS:
             # a paragraph that opens a list item stays on the item's line
-            opens_item = bool(parts) and parts[-1] == "\n- "
+            opens_item = bool(parts) and parts[-1] == _ITEM
             if not opens_item:
                 parts.append("\n")
             _walk(child, parts)
@@ -142,7 +162,7 @@ def _walk(node: LexborNode, parts: list[str]) -> None:
             _walk(child, parts)
 
 
-_POD_CODE = re.compile(r"[A-Z]<<?<? ?([^<>]*?) ?>?>?>")
+_POD_OPEN = re.compile(r"([A-Z])(<(?:<+ )?)")
 _POD_ESCAPES = {"lt": "<", "gt": ">", "verbar": "|", "sol": "/"}
 
 
@@ -174,14 +194,31 @@ def pod_to_text(pod: str) -> str:
 
 
 def _pod_inline(text: str) -> str:
-    text = re.sub(r"[XZ]<[^<>]*>", "", " ".join(text.split()))
-    text = re.sub(r"E<(\w+)>", lambda m: _POD_ESCAPES.get(m.group(1), ""), text)
-    text = re.sub(r"L<([^|<>]*)\|[^<>]*>", r"\1", text)
-    for _ in range(4):
-        text, count = _POD_CODE.subn(r"\1", text)
-        if not count:
-            break
-    return text
+    plain, _ = _pod_until(" ".join(text.split()), 0, None)
+    return plain
+
+
+def _pod_until(text: str, at: int, end: str | None) -> tuple[str, int]:
+    """Read formatting codes from ``at`` to ``end`` (or the text's); return plain text and position."""
+    parts: list[str] = []
+    while at < len(text):
+        if end is not None and text.startswith(end, at):
+            return "".join(parts), at + len(end)
+        opening = _POD_OPEN.match(text, at)
+        if opening is None:
+            parts.append(text[at])
+            at += 1
+            continue
+        code, bracket = opening.groups()
+        # C<< x >> ends at a space and as many brackets as opened it
+        close = ">" if bracket == "<" else " " + ">" * (len(bracket) - 1)
+        inner, at = _pod_until(text, opening.end(), close)
+        if code == "E":
+            inner = _POD_ESCAPES.get(inner, "")
+        elif code == "L":
+            inner = inner.split("|", 1)[0]
+        parts.append("" if code in "XZ" else inner)
+    return "".join(parts), at
 
 
 def dict_to_texts(path: Path, entries_per_document: int = 200) -> Iterator[str]:

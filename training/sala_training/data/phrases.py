@@ -241,11 +241,6 @@ REPEAT_QUESTIONS: tuple[str, ...] = (
     "Repeat the sentence that mentions {key}.",
     "Quote the sentence about {key}.",
 )
-FINISH_QUESTIONS: tuple[str, ...] = (
-    "Finish the sentence of the text that begins with these words:",
-    "How does this sentence of the text go on:",
-)
-FINISH_ANSWER = "It goes on:"
 
 
 class FactMaker:

@@ -32,7 +32,6 @@ _ABBREVIATIONS = (
     "J",
     "M",
 )
-_SENTENCE_END = re.compile(r"[A-Za-z)]?[.!?][\")]?$")
 
 # the tokenizer's pre-tokenizer for ASCII text, in the syntax of the standard library
 _ASCII_PIECES = re.compile(
@@ -139,7 +138,10 @@ class _TokenTable:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         size = tokenizer.get_vocab_size()
-        texts = [tokenizer.id_to_token(i).replace("Ġ", " ").replace("Ċ", "\n") for i in range(size)]
+        texts = [
+            (tokenizer.id_to_token(i) or "").replace("Ġ", " ").replace("Ċ", "\n")
+            for i in range(size)
+        ]
         newline = encode(tokenizer, "\n\n")
         if len(newline) != 1:
             raise ValueError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from sala_training.data.tokenizer import BOS_ID, IM_END_ID, encode, load, render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
@@ -347,8 +347,8 @@ class SampleStream:
         haystack = placer.fit(rng, length_tokens + 1 - num_fixed)
 
         writer = Writer()
-        for tokens in opening:
-            writer.add(tokens, 0.0)
+        for part in opening:
+            writer.add(part, 0.0)
         placed = []
         for piece, fact in haystack.pieces:
             start = writer.add(piece, mix.haystack_weight if fact is None else 0.0)
@@ -375,7 +375,7 @@ class SampleStream:
         else:
             facts = [maker.code() if rng.random() < 0.6 else maker.word() for _ in range(num)]
         budget = int(_MAX_FACT_FRAC * length_tokens)
-        kept = []
+        kept: list[Fact] = []
         for fact in facts:
             budget -= len(self._encoder.encode(fact.text)) + 2
             if kept and budget < 0:
@@ -465,11 +465,11 @@ class SampleStream:
     def _small_talk(
         self, rng: np.random.Generator, maker: FactMaker, writer: Writer, mix: Mix
     ) -> tuple[Turn, ...]:
-        rounds = []
+        rounds: list[_Round] = []
         for table in (smalltalk.OPENINGS, smalltalk.OPENINGS, smalltalk.CLOSINGS):
             if not rounds or rng.random() < 0.3:
-                asked, replies = table[int(rng.integers(len(table)))]
-                rounds.append(self._round(maker.pick(asked), maker.pick(replies)))
+                topic = table[int(rng.integers(len(table)))]
+                rounds.append(self._round(maker.pick(topic.asked), maker.pick(topic.replies)))
         for tokens in self._opening_of_chat(rng, maker):
             writer.add(tokens, 0.0)
         return self._write_rounds(writer, rounds, mix, self._chat.close)
