@@ -50,6 +50,8 @@ class Case:
     fact: str
     answer: str
     """The value asked for."""
+    reply: str
+    """The sentence that training would answer with; only a draft to be verified, never scored."""
     distractors: tuple[str, ...]
     """Values of the other facts: an answer that names one is wrong."""
     depth_frac: float
@@ -152,6 +154,7 @@ def _place(
         prompt_ids=(*chat.open_user, *content_ids, *chat.user_to_assistant),
         fact=needle.text,
         answer=needle.value,
+        reply=needle.answer,
         distractors=tuple(fact.value for fact in others),
         depth_frac=(opening + before) / length_tokens,
     )
