@@ -4,7 +4,7 @@ import gzip
 import json
 import struct
 import zlib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +13,6 @@ from sala_training.data import corpus, extract, prepare
 from sala_training.data.corpus import Document
 from sala_training.data.sources import SOURCES, Format, Source
 from sala_training.data.tokenizer import EOS_ID
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SENTENCE = (
     "This is a paragraph about the harbour, long enough to be told from the others by its words"
@@ -170,3 +167,10 @@ def test_pages_that_are_not_english_are_left_out() -> None:
         "Dies ist eine Seite, die man nur auf Deutsch lesen kann, sonst nicht."
     )
     assert not corpus.is_english("0x00 0x01 ---")
+
+
+def test_page_of_the_data_names_every_source_and_its_licence() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "demo-data.md").read_text(encoding="utf-8")
+    for source in SOURCES:
+        row = next(line for line in page.splitlines() if line.startswith(f"| {source.package} |"))
+        assert f"| {source.licence} |" in row
