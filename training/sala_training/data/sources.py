@@ -47,6 +47,8 @@ class Source:
 
 
 _SPHINX = "div.body, div[itemprop=articleBody], div[role=main]"
+_SAME_NOTICE = "copies, also changed ones, under the same notice"
+"""The notice of GNU manuals before the GFDL."""
 
 SOURCES: tuple[Source, ...] = (
     # held-out sources come first, so that de-duplication removes their paragraphs from the others
@@ -357,7 +359,7 @@ SOURCES: tuple[Source, ...] = (
     Source(
         "octave-doc",
         ("usr/share/doc/octave/octave.html/*.html",),
-        "GPL-3+",
+        _SAME_NOTICE,
         drop="div.header, p.index-entry, table.menu",
         exclude=(r"/(index|.*Index.*|XREF.*)\.html$",),
         join_pages=True,
@@ -429,14 +431,14 @@ SOURCES: tuple[Source, ...] = (
         "GPL-2+",
         join_pages=True,
     ),
-    Source("debian-faq", ("usr/share/doc/debian/FAQ/*.html",), "GPL-2+", join_pages=True),
+    Source("debian-faq", ("usr/share/doc/debian/FAQ/*.html",), _SAME_NOTICE, join_pages=True),
     Source(
         "aptitude-doc-en",
         ("usr/share/doc/aptitude/html/en/*.html",),
         "GPL-2+",
         join_pages=True,
     ),
-    Source("r-doc-html", ("usr/share/R/doc/manual/R-*.html",), "GPL-2+"),
+    Source("r-doc-html", ("usr/share/R/doc/manual/R-*.html",), _SAME_NOTICE),
     Source("maint-guide", ("usr/share/doc/maint-guide/html/*.en.html",), "GPL-2+", join_pages=True),
     Source("debian-edu-doc-en", ("usr/share/doc/debian-edu-doc-en/*.html",), "GPL-2+"),
     Source("kicad-doc-en", ("usr/share/doc/kicad/help/en/*.html",), "GPL-3+", root="div#content"),
