@@ -58,13 +58,21 @@ def load(path: Path, dtype: torch.dtype | None = None) -> SalaForCausalLM:
     return model
 
 
-def save(model: SalaForCausalLM, config: Mapping[str, Any], path: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` in the released names.
+def save(
+    model: SalaForCausalLM,
+    config: Mapping[str, Any],
+    path: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 8_000_000,
+) -> None:
+    """Write ``config.json`` and sharded safetensors with their index, in the released names.
 
     Args:
-        model: its weights are stored in their own dtype.
+        model: its weights are stored in ``dtype``.
         config: fields of ``config.json``; ``architectures`` and ``model_type`` are filled in.
         path: folder, made if needed.
+        dtype: None keeps the model's.
+        max_shard_bytes: a shard is closed before it grows past this; one tensor may.
 
     Raises:
         CheckpointError: ``config`` describes another model than ``model``.
@@ -73,12 +81,31 @@ def save(model: SalaForCausalLM, config: Mapping[str, Any], path: Path) -> None:
     if SalaSpec.from_config(full) != model.spec:
         raise CheckpointError("config does not describe the model that is being saved")
     path.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(full, indent=2, sort_keys=False) + "\n"
-    (path / "config.json").write_text(text, encoding="utf-8")
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    shard_bytes = total_bytes = 0
+    for name, tensor in model.state_dict().items():
+        stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if shards[-1] and shard_bytes + stored.nbytes > max_shard_bytes:
+            shards.append({})
+            shard_bytes = 0
+        shards[-1][name] = stored
+        shard_bytes += stored.nbytes
+        total_bytes += stored.nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, path / file_name, metadata={"format": "pt"})
+        (path / file_name).chmod(0o644)  # safetensors makes it private
+        weight_map.update(dict.fromkeys(shard, file_name))
+    write_json(
+        path / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    )
+    write_json(path / "config.json", full)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write ``content`` as indented JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -43,7 +43,8 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """
     half = x.shape[-1] // 2
     exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angle = positions[:, None].float() * theta**-exponent
+    # the reciprocal of the power, as released: at large positions the last bit matters
+    angle = positions[:, None].float() * (1.0 / theta**exponent)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     first, second = x.float().split(half, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -121,6 +122,7 @@ class SparseMixer(nn.Module):
             mixed = torch.cat((mixed, torch.stack(rest)), dim=1)
         return self.o_proj(mixed.flatten(-2) * torch.sigmoid(self.o_gate(x)))
 
+    @torch.compiler.disable  # data-dependent tiles: compiling would unroll them all
     def _attend_sparse(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         """Attend positions ``first`` and later of one sequence; no gradient through the selection."""
         tokens = q.shape[0]
@@ -128,7 +130,8 @@ class SparseMixer(nn.Module):
         for start in range(first, tokens, _SPARSE_QUERY_TILE_TOKENS):
             end = min(start + _SPARSE_QUERY_TILE_TOKENS, tokens)
             positions = torch.arange(start, end, device=q.device)
-            with torch.no_grad():
+            # float32 scores from the model's own q and k, as released
+            with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
                 selected = select_blocks(q[start:end], k[:end], positions, self.sparse)
             outputs.append(attend_blocks(q[start:end], k[:end], v[:end], positions, selected))
         return torch.cat(outputs)
