@@ -206,6 +206,7 @@ class SalaSpec:
             )
         if lightning_dim % 2:
             raise SpecError(f"lightning_head_dim must be even (RoPE pairs), got {lightning_dim}")
+        decay_slopes(lightning_heads)
         # each flag changes the function; the released values are the only ones with a definition
         for name, expected in _FIXED.items():
             fields.require(name, expected)
@@ -241,6 +242,7 @@ _FIXED: dict[str, object] = {
     "use_output_gate": True,
     "attn_use_output_gate": True,
     "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
 }
 
 _FIXED_SPARSE = {
@@ -267,13 +269,14 @@ def decay_slopes(num_heads: int) -> tuple[float, ...]:
 class _Fields:
     """Typed reads of ``config.json`` that name the field and what was expected of it."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], section: str = "") -> None:
         self._config = config
+        self._prefix = f"{section}." if section else ""
 
     def positive_int(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"{name}: expected a positive integer, got {value!r}")
+            raise SpecError(f"{self._prefix}{name}: expected a positive integer, got {value!r}")
         return value
 
     def positive_float(self, name: str) -> float:
@@ -283,19 +286,19 @@ class _Fields:
             or not isinstance(value, int | float)
             or not 0 < value < math.inf
         ):
-            raise SpecError(f"{name}: expected a positive number, got {value!r}")
+            raise SpecError(f"{self._prefix}{name}: expected a positive number, got {value!r}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise SpecError(f"{name}: expected true or false, got {value!r}")
+            raise SpecError(f"{self._prefix}{name}: expected true or false, got {value!r}")
         return value
 
     def require(self, name: str, expected: object) -> None:
         value = self._config.get(name, expected)
         if value != expected:
-            raise SpecError(f"{name}: only {expected!r} is supported, got {value!r}")
+            raise SpecError(f"{self._prefix}{name}: only {expected!r} is supported, got {value!r}")
 
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         num_layers = self.positive_int("num_hidden_layers")
@@ -310,15 +313,22 @@ class _Fields:
         return tuple(LayerKind(name) for name in names)
 
     def rope_theta(self) -> float:
-        # transformers 5 moves the released top-level field into rope_parameters
+        # transformers 5 moves the released top-level field into rope_parameters, or copies it there
         parameters = self._config.get("rope_parameters")
-        if "rope_theta" in self._config or not isinstance(parameters, Mapping):
+        if not isinstance(parameters, Mapping):
             return self.positive_float("rope_theta")
-        if parameters.get("rope_type", "default") != "default":
+        if parameters.get("rope_type", parameters.get("type", "default")) != "default":
             raise SpecError(
                 f"rope_parameters: only the default type is supported, got {parameters!r}"
             )
-        return _Fields(parameters).positive_float("rope_theta")
+        found = {
+            fields.positive_float("rope_theta")
+            for fields in (self, _Fields(parameters, "rope_parameters"))
+            if fields._config.get("rope_theta") is not None
+        }
+        if len(found) > 1:
+            raise SpecError(f"rope_theta: got both {' and '.join(map(str, sorted(found)))}")
+        return found.pop() if found else self.positive_float("rope_theta")
 
     def lightning_scale(self, head_dim: int) -> float:
         scales = {"1/sqrt(d)": head_dim**-0.5, "1/d": 1 / head_dim, "1": 1.0}
@@ -331,7 +341,7 @@ class _Fields:
         section = self._get("sparse_config")
         if not isinstance(section, Mapping):
             raise SpecError(f"sparse_config: expected an object, got {section!r}")
-        fields = _Fields(section)
+        fields = _Fields(section, "sparse_config")
         for name, expected in _FIXED_SPARSE.items():
             fields.require(name, expected)
         fields.require("use_nope", False)
@@ -342,7 +352,7 @@ class _Fields:
         for name, value in (("init_blocks", init_blocks), ("dense_len", dense_len)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise SpecError(
-                    f"sparse_config.{name}: expected a non-negative integer, got {value!r}"
+                    f"{fields._prefix}{name}: expected a non-negative integer, got {value!r}"
                 )
         if window % BLOCK_TOKENS:
             raise SpecError(
@@ -359,5 +369,5 @@ class _Fields:
         value = self._config.get(name)
         value = default if value is None else value
         if value is None:
-            raise SpecError(f"{name}: missing from config.json")
+            raise SpecError(f"{self._prefix}{name}: missing from config.json")
         return value

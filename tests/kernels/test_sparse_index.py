@@ -95,6 +95,42 @@ def test_paged_op_matches_reference(
     assert torch.equal(run_paged(q, keys, SMALL, steps), as_sets(expected, 5))
 
 
+@pytest.mark.parametrize("steps", [[700], [65] * 10 + [50]])
+@pytest.mark.parametrize(
+    "sparse",
+    [
+        SparseSpec(topk=2, window_tokens=64, init_blocks=0, dense_len=0),
+        SparseSpec(topk=5, window_tokens=64, init_blocks=4, dense_len=300),
+        SparseSpec(topk=40, window_tokens=64, init_blocks=1, dense_len=0),
+    ],
+    ids=["no initial block", "only one by score", "more blocks than there are"],
+)
+def test_other_parameters_match_reference(sparse: SparseSpec, steps: list[int]) -> None:
+    # as many KV heads as heads
+    q, keys = 3 * torch.randn(700, 2, 32), torch.randn(700, 2, 32)
+    positions = torch.arange(700)
+    expected = reference.select_blocks(q, keys, positions, sparse)
+    expected &= (positions + 1 >= sparse.dense_len)[:, None, None]
+    width = sparse.num_selected_blocks
+    assert torch.equal(run_paged(q, keys, sparse, steps), as_sets(expected, width))
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [(torch.float16, 60.0), (torch.bfloat16, 300.0)])
+def test_scores_beyond_the_dtype_do_not_displace_forced_blocks(
+    dtype: torch.dtype, peak: float
+) -> None:
+    # short bursts in blocks 2 to 6: their fine windows overflow, the coarse ones that normalise do not
+    keys, q = torch.zeros(1024, 1, 32), torch.zeros(1024, 1, 32)
+    q[..., 0] = 1.0
+    for block in range(2, 7):
+        keys[64 * block + 16 : 64 * block + 48, 0, 0] = peak * 32**0.5
+    q, keys = q.to(dtype), keys.to(dtype)
+    last = run_paged(q, keys, SMALL, [1024])[-1, 0]
+    assert last.tolist() == [0, 2, 13, 14, 15]
+    selected = reference.select_blocks(q[-1:], keys, torch.tensor([1023]), SMALL)
+    assert torch.equal(as_sets(selected, 5)[0, 0], last)
+
+
 def test_equal_scores_go_to_the_lower_block() -> None:
     # equal keys everywhere: every block that is not forced ties
     keys, q = torch.ones(1024, 1, 32), torch.ones(1024, 2, 32)

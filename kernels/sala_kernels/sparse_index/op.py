@@ -20,8 +20,9 @@ def select_blocks(q: Tensor, cache: PagedCache, batch: PagedBatch, sparse: Spars
 
     A block's score is the best of the fine windows that touch it; a window's score is
     exp(q.K1) normalised per head by the log-sum-exp over the coarse windows, summed over the heads
-    that share the KV head and rounded to the dtype of ``q``. Windows count once their last token is at
-    or before the query. Initial and local blocks are always taken; equal scores go to the lower block.
+    that share the KV head and rounded to the dtype of ``q``, saturating. Windows count once their last
+    token is at or before the query. Initial and local blocks are always taken; equal scores go to the
+    lower block.
 
     Args:
         q: [tokens, heads, dim] in the cache's dtype; sequences packed as ``batch`` says.

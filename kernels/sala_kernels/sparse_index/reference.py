@@ -3,6 +3,7 @@
 Source: the released modelling code and its CUDA kernels, with three rules fixed so that chunking,
 batching and prefix reuse cannot change a result (docs/decisions/0002): a window is visible iff it ends
 at or before the query, group scores are rounded to the model's dtype, equal scores go to the lower block.
+Scores beyond that dtype saturate, so that forced blocks are never displaced.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def group_scores(q: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
     scored = fine_visible & coarse_visible.any(-1, keepdim=True)
     probability = torch.exp(fine_logits - log_normaliser[..., None])
     probability = probability.masked_fill(~scored[:, None, None], 0.0)
-    return probability.sum(2).to(q.dtype).float()
+    # saturated, not infinite: an infinite score would compete with the forced blocks
+    return probability.sum(2).clamp(max=torch.finfo(q.dtype).max).to(q.dtype).float()
 
 
 def select_blocks(q: Tensor, keys: Tensor, positions: Tensor, sparse: SparseSpec) -> Tensor:

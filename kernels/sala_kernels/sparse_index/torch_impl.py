@@ -97,7 +97,9 @@ def _group_scores(q: Tensor, fine: Tensor, coarse: Tensor, position: Tensor) -> 
     scores = scores.sub_(log_normaliser.unsqueeze(-1)).exp_().sum(2)
     # no coarse window seen: nothing to normalise by, so nothing scores
     hidden = hidden_fine | (num_coarse == 0)[:, None]
-    return scores.masked_fill_(hidden, 0.0).to(q.dtype).float().transpose(0, 1)
+    # saturated, not infinite: an infinite score would compete with the forced blocks
+    scores = scores.masked_fill_(hidden, 0.0).clamp_(max=torch.finfo(q.dtype).max)
+    return scores.to(q.dtype).float().transpose(0, 1)
 
 
 def _best_blocks(scores: Tensor, position: Tensor, sparse: SparseSpec) -> Tensor:
