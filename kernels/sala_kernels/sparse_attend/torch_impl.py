@@ -60,31 +60,39 @@ def _attend_tile(
         cache: one layer's pages.
         page_of_block: [blocks] int64.
         attended: [kv_heads, queries, blocks] bool.
-        position: [queries] int64, ascending.
+        position: [queries] int64, consecutive.
 
     Returns:
         [queries, heads, dim] in the dtype of ``q``.
     """
-    kv_heads = attended.shape[0]
-    grouped = q.float().unflatten(1, (kv_heads, -1))  # [queries, kv_heads, group, dim]
+    grouped = q.float().unflatten(1, (len(attended), -1)).transpose(0, 1)
+    num_queries, num_tokens_after = (
+        len(position),
+        BLOCK_TOKENS - 1 - int(position[-1]) % BLOCK_TOKENS,
+    )
+    later = torch.ones(num_queries, num_queries, dtype=torch.bool).triu(1)
     outputs = []
-    for head in range(kv_heads):
-        block = attended[head].any(0).nonzero().squeeze(1)
-        token = (block[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
+    for head, head_attended in enumerate(attended):
+        block = head_attended.any(0).nonzero().squeeze(1)
+        # each query attends its own block, so the tile's tokens are the last of the union; the cells
+        # after them may be unwritten, and NaN times a zero probability is NaN
+        num_tokens = len(block) * BLOCK_TOKENS - num_tokens_after
         page = page_of_block[block]
-        # cells after the last query may be unwritten: NaN times a zero probability is NaN
-        unwritten = (token > position[-1])[:, None]
-        key = cache.keys[page, head].flatten(0, 1).float().masked_fill_(unwritten, 0.0)
-        value = cache.values[page, head].flatten(0, 1).float().masked_fill_(unwritten, 0.0)
-        mask = attended[head][:, block].repeat_interleave(BLOCK_TOKENS, 1)
-        mask &= token <= position[:, None]
-        group = grouped.shape[2]
+        key, value = (
+            cells[page, head].flatten(0, 1)[:num_tokens].float()
+            for cells in (cache.keys, cache.values)
+        )
+        hidden = ~head_attended[:, block]
+        bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        bias = bias.repeat_interleave(BLOCK_TOKENS, 1)[:, :num_tokens]
+        bias[:, -num_queries:].masked_fill_(later, -torch.inf)
+        query = grouped[head].transpose(0, 1)  # [group, queries, dim]
         outputs.append(
             scaled_dot_product_attention(
-                grouped[:, head].transpose(0, 1)[None],
-                key.expand(1, group, -1, -1),
-                value.expand(1, group, -1, -1),
-                attn_mask=mask,
+                query[None],
+                key.expand(1, len(query), -1, -1),
+                value.expand(1, len(query), -1, -1),
+                attn_mask=bias,
             )[0].transpose(0, 1)
         )
     return torch.stack(outputs, dim=1).flatten(1, 2).to(q.dtype)
