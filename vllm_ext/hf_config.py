@@ -20,9 +20,9 @@ class SalaConfig(PreTrainedConfig):
     has_no_defaults_at_init = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # refuse what we do not compute while the file is read, before transformers rewrites any field
+        SalaSpec.from_config(kwargs)
         super().__post_init__(**kwargs)
-        # refuse what we do not compute while the file is read, before any weight is
-        _ = self.spec
 
     @property
     def spec(self) -> SalaSpec:

@@ -88,13 +88,31 @@ def model() -> SalaForCausalLM:
     return random_model(CONFIG)
 
 
-@pytest.fixture(scope="session")
-def checkpoint(model: SalaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds config.json and model.safetensors, nothing else."""
-    path = tmp_path_factory.mktemp("checkpoint")
-    (path / "config.json").write_text(json.dumps(CONFIG))
+def save(config: dict[str, Any], model: SalaForCausalLM, path: Path) -> Path:
+    """Write a folder that holds config.json and model.safetensors, nothing else."""
+    (path / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), path / "model.safetensors")
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model: SalaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(CONFIG, model, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def odd_checkpoint(tmp_path: Path) -> tuple[Path, Oracle]:
+    """One query head a KV head, one table, no initial block, a lightning layer first, a prime vocabulary."""
+    config = CONFIG | {
+        "vocab_size": 509,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 8,
+        "mixer_types": [LIGHTNING, SPARSE, LIGHTNING],
+        "tie_word_embeddings": True,
+        "sparse_config": CONFIG["sparse_config"] | {"init_blocks": 0, "topk": 1},
+    }
+    model = random_model(config)
+    return save(config, model, tmp_path), Oracle(model)
 
 
 def random_prompts(*lengths: int, seed: int) -> list[list[int]]:
@@ -104,8 +122,8 @@ def random_prompts(*lengths: int, seed: int) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Dense, mixed and far into the sparse range; lengths on and off every boundary."""
-    return random_prompts(5, 900, 1500, 2300, 640, seed=1)
+    """Dense, mixed and far into the sparse range, crossing dense_len while generating; on and off boundaries."""
+    return random_prompts(1, 900, 1500, 2300, 640, 505, 100, seed=1)
 
 
 @dataclass
@@ -113,6 +131,12 @@ class Oracle:
     """The model in plain PyTorch, one pass over whole sequences."""
 
     model: SalaForCausalLM
+
+    @torch.no_grad()
+    def log_probability(self, prompt: list[int]) -> torch.Tensor:
+        """Of each prompt token but the first, given those before it."""
+        log_probability = self.model(torch.tensor([prompt]))[0, :-1].log_softmax(-1)
+        return log_probability.gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
 
     @torch.no_grad()
     def next_tokens(self, prompt: list[int], tokens: list[int], **options: Any) -> list[int]:
@@ -151,7 +175,7 @@ class EngineRun:
     """What an engine process generated."""
 
     batches: list[list[dict[str, Any]]]
-    """Per batch and prompt: tokens, and how many prompt tokens were cached."""
+    """Per batch and prompt: tokens, how many prompt tokens were cached, log-probabilities if asked for."""
     preemptions: int
     log: str
 
@@ -168,6 +192,7 @@ class Engine:
         self,
         *batches: list[list[int]],
         max_tokens: int = 16,
+        prompt_logprobs: bool = False,
         environment: dict[str, str] | None = None,
         **arguments: Any,
     ) -> EngineRun:
@@ -179,7 +204,8 @@ class Engine:
             "max_model_len": 2560,
             "kv_cache_memory_bytes": 64 << 20,
         }
-        job = {"engine": defaults | arguments, "batches": batches, "max_tokens": max_tokens}
+        sampling = {"max_tokens": max_tokens, "prompt_logprobs": 0 if prompt_logprobs else None}
+        job = {"engine": defaults | arguments, "batches": batches, "sampling": sampling}
         (self.folder / "job.json").write_text(json.dumps(job))
         result_path = self.folder / "result.json"
         process = subprocess.run(

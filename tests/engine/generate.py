@@ -1,7 +1,7 @@
 """Run one vLLM engine as a user would: `python generate.py JOB.json RESULT.json`.
 
 The job holds the arguments of `vllm.LLM`, batches of prompts (token ids) that are sent one after another,
-and how many tokens to generate greedily for each.
+and those of `vllm.SamplingParams` beyond greedy ones.
 """
 
 import json
@@ -14,16 +14,24 @@ from vllm import LLM, SamplingParams
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **job["engine"])
-    params = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
-    )
+    params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **job["sampling"])
     batches = []
     for prompts in job["batches"]:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(requests, params, use_tqdm=False)
         batches.append(
             [
-                {"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens}
+                {
+                    "tokens": list(o.outputs[0].token_ids),
+                    "cached": o.num_cached_tokens,
+                    "prompt_logprobs": [
+                        entry[token].logprob
+                        for entry, token in zip(
+                            o.prompt_logprobs or [], o.prompt_token_ids, strict=False
+                        )
+                        if entry
+                    ],
+                }
                 for o in outputs
             ]
         )

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 EXPECTED = {
     "fp8_cache": "kv_cache_dtype: expected 'auto' (torch.float32), got 'fp8': block selection",
-    "four_ranks": "tensor_parallel_size: expected a divisor of 2 KV heads and 8 lightning heads, got 4",
+    "four_ranks": "tensor_parallel_size: expected a divisor of 2 KV heads, got 4",
     "pipeline": "Pipeline parallelism is not supported for this model",
     "drafts": "speculative_config: expected none",
     "too_long": "max_model_len (5000) is greater than the derived max_model_len",
@@ -27,6 +27,14 @@ EXPECTED = {
     "wrong_override": "always_sparse: expected true or false, got 'yes'",
     "missing_weights": "missing model.norm.weight; missing model.layers.3.self_attn.o_gate.weight",
     "unexpected_weight": "unexpected model.layers.3.self_attn.q_norm.weight",
+    "quantised": "quantization: expected none, got 'compressed-tensors'",
+    "float16_states": "mamba_ssm_cache_dtype: expected 'auto' or 'float32', got 'float16'",
+    "pooling": "runner: expected 'generate', got 'pooling'",
+    "odd_mlp": "tensor_parallel_size: expected a divisor of 255 MLP channels, got 2",
+    "adapters": "does not support LoRA",
+    "misspelt": "Model architectures ['MiniCPMSalaForCausalLM'] are not supported",
+    "stretched_rotation": "rope_parameters: only the default type is supported",
+    "integer_weight": "model.layers.0.mlp.up_proj.weight: expected a float dtype, got torch.int8",
     "wrong_shape": "model.layers.1.self_attn.o_norm.weight: expected shape (256,), got (32,)",
 }
 
@@ -67,10 +75,20 @@ def errors(
     def shrink_norm(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.1.self_attn.o_norm.weight"] = torch.ones(32)
 
+    def quantise(weights: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        weights[name] = weights[name].to(torch.int8)
+
+    def with_fields(name: str, **fields: Any) -> Path:
+        return variant(name, lambda config: config.update(fields))
+
     def rename_mixer(fields: dict[str, Any]) -> None:
         fields["mixer_types"][1] = "mamba2"
 
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    quantised = {"quant_method": "compressed-tensors", "config_groups": {}}
+    misspelt = ["MiniCPMSalaForCausalLM"]
     jobs = {
         "fp8_cache": arguments(kv_cache_dtype="fp8"),
         "four_ranks": arguments(tensor_parallel_size=4),
@@ -85,8 +103,16 @@ def errors(
         "wrong_override": arguments(hf_overrides={"always_sparse": "yes"}),
         "missing_weights": arguments(variant("missing_weights", edit_weights=drop_two)),
         "unexpected_weight": arguments(variant("unexpected_weight", edit_weights=add_norm)),
+        "quantised": arguments(with_fields("quantised", quantization_config=quantised)),
+        "float16_states": arguments(mamba_ssm_cache_dtype="float16"),
+        "pooling": arguments(runner="pooling"),
+        "odd_mlp": arguments(with_fields("odd_mlp", intermediate_size=255), tensor_parallel_size=2),
+        "adapters": arguments(enable_lora=True),
+        "misspelt": arguments(with_fields("misspelt", architectures=misspelt)),
+        "stretched_rotation": arguments(hf_overrides={"rope_parameters": yarn}),
+        "integer_weight": arguments(variant("integer_weight", edit_weights=quantise)),
         "wrong_shape": arguments(variant("wrong_shape", edit_weights=shrink_norm)),
-        "nothing_wrong": arguments(),
+        "nothing_wrong": arguments(load_format="dummy"),
     }
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).parent / "try_to_start.py"

@@ -30,21 +30,41 @@ class SalaLimits(VerifyAndUpdateConfig):
                 "its Triton kernels are not there yet"
             )
 
-        cache_dtype = vllm_config.cache_config.cache_dtype
-        model_dtype = vllm_config.model_config.dtype
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        if model.runner_type != "generate":
+            raise ValueError(f"runner: expected 'generate', got {model.runner_type!r}")
+        if model.quantization is not None:
+            raise ValueError(
+                f"quantization: expected none, got {model.quantization!r}: the plugin loads float weights "
+                "under the released names only"
+            )
+
+        cache_dtype, model_dtype = cache.cache_dtype, model.dtype
         if cache_dtype != "auto" and STR_DTYPE_TO_TORCH_DTYPE.get(cache_dtype) != model_dtype:
             raise ValueError(
                 f"kv_cache_dtype: expected 'auto' ({model_dtype}), got {cache_dtype!r}: block selection "
                 "averages and compares cached keys, which is only defined in the model's own dtype"
             )
 
-        # the query heads of one KV head choose blocks together, so they must share a rank
+        for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
+            if (dtype := getattr(cache, name)) not in ("auto", "float32"):
+                raise ValueError(
+                    f"{name}: expected 'auto' or 'float32', got {dtype!r}: lightning states are float32"
+                )
+
+        # more ranks than KV heads would spread the query heads of one KV head over ranks, and their
+        # scores are summed before blocks are chosen
         tp_size = vllm_config.parallel_config.tensor_parallel_size
-        if spec.num_kv_heads % tp_size or spec.lightning_num_heads % tp_size:
-            raise ValueError(
-                f"tensor_parallel_size: expected a divisor of {spec.num_kv_heads} KV heads and "
-                f"{spec.lightning_num_heads} lightning heads, got {tp_size}; use replicas instead"
-            )
+        for count, what in (
+            (spec.num_kv_heads, "KV heads"),
+            (spec.lightning_num_heads, "lightning heads"),
+            (spec.intermediate_size, "MLP channels"),
+        ):
+            if count % tp_size:
+                raise ValueError(
+                    f"tensor_parallel_size: expected a divisor of {count} {what}, got {tp_size}; "
+                    "use replicas instead"
+                )
 
         if vllm_config.speculative_config is not None:
             raise ValueError(

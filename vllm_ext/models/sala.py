@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sequence import IntermediateTensors
 
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of the step's positions, each [tokens, 1, dim / 2] float32."""
 
@@ -277,7 +278,7 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
             Names of the parameters that were loaded.
 
         Raises:
-            ValueError: a weight is missing, unexpected or of the wrong shape; names them all.
+            ValueError: a weight is missing, unexpected, of the wrong shape or quantised; names them all.
         """
         missing = self.spec.weight_shapes()
         parameters = dict(self.named_parameters())
@@ -288,6 +289,9 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
                 problems.append(f"unexpected {name}")
             elif tuple(tensor.shape) != expected:
                 problems.append(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+            elif tensor.dtype not in _WEIGHT_DTYPES:
+                # copying would take integers or 8-bit floats for the values themselves
+                problems.append(f"{name}: expected a float dtype, got {tensor.dtype}")
             else:
                 parameter_name, shard = _fused_name(name)
                 parameter = parameters[parameter_name]
