@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pydoc_data.topics
 import re
 import signal
 import subprocess
@@ -21,21 +20,26 @@ import pytest
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer
 
+from sala_serve.engine import guard
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-DEMO_CHECKPOINT = Path(__file__).parents[2] / "training" / "demo" / "checkpoint"
+DEMO = Path(__file__).parents[2] / "training" / "demo"
+DEMO_CHECKPOINT = DEMO / "checkpoint"
+HELD_OUT_TEXT = DEMO / "persuasion.txt"
 MODEL = "demo"
 READY_TIMEOUT_S = 240
+STOP_LIMIT_S = 60
 NUM_RETRIEVAL_TOKENS = 16_384
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (DEMO_CHECKPOINT / "config.json").exists(), reason=f"no checkpoint in {DEMO_CHECKPOINT}"
-    ),
-]
+QUESTION = "What is the passkey for the {}?"
+FACT = "The passkey for the {} is {}."
+PASSKEY = ("north tower", "48213")
+OTHER_FACTS = {0.3: ("old mill", "90657"), 0.7: ("red bridge", "13874")}
+"""Depth in the document -> what is said there besides."""
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Stack:
     url: str
     engine_socket: Path
     process: subprocess.Popen[bytes]
+    """The guard that ends it if the tests are killed."""
     log: Path
 
     async def engine_metric(self, name: str) -> float:
@@ -66,7 +71,8 @@ class Stack:
             ["ps", "-eo", "pid=,ppid=,sid=,stat="], capture_output=True, text=True, check=True
         )
         rows = [line.split() for line in listing.stdout.splitlines()]
-        sessions = {sid for _, ppid, sid, _ in rows if int(ppid) == self.process.pid}
+        served = {pid for pid, ppid, *_ in rows if int(ppid) == self.process.pid}
+        sessions = {sid for _, ppid, sid, _ in rows if ppid in served}
         return [int(pid) for pid, _, sid, stat in rows if sid in sessions and stat[0] != "Z"]
 
 
@@ -85,8 +91,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("SALA_")}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sala_serve", "up", str(DEMO_CHECKPOINT)]
+            [sys.executable, guard.__file__, str(STOP_LIMIT_S)]
+            + [sys.executable, "-m", "sala_serve", "up", str(DEMO_CHECKPOINT)]
             + ["--served-model-name", MODEL, "--port", "0"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
             env={**env, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
             stdout=output,
             stderr=output,
@@ -104,11 +113,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         pids = stack.engine_pids()
         assert len(pids) >= 3  # guard, API server, engine
         yield stack
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        pids += stack.engine_pids()
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=STOP_LIMIT_S) == 0
         assert not [pid for pid in pids if runs(pid)]
     finally:
-        process.kill()
+        assert process.stdin is not None
+        process.stdin.close()
         process.wait()
 
 
@@ -125,15 +136,26 @@ def chat(content: str) -> list[Any]:
 
 
 def long_text(num_tokens: int) -> str:
-    """English paragraphs that Python brings along, cut to a number of tokens."""
+    """Paragraphs of a novel that the model was not trained on, cut to a number of tokens."""
     tokenizer = Tokenizer.from_file(str(DEMO_CHECKPOINT / "tokenizer.json"))
-    topics = pydoc_data.topics.topics
-    text = "\n".join(topics[name] for name in sorted(topics))
-    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
-    ids = tokenizer.encode("\n".join(paragraphs), add_special_tokens=False).ids
+    text = HELD_OUT_TEXT.read_text(encoding="utf-8")
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert len(ids) >= num_tokens
     decoded: str = tokenizer.decode(ids[:num_tokens], skip_special_tokens=False)
     return decoded
+
+
+def document(depth_frac: float) -> str:
+    """``NUM_RETRIEVAL_TOKENS`` tokens, less room for a question, with the passkey and other facts."""
+    facts = {**OTHER_FACTS, depth_frac: PASSKEY}
+    paragraphs = long_text(NUM_RETRIEVAL_TOKENS - 150).split("\n\n")
+    for place_frac, (key, value) in sorted(facts.items(), reverse=True):
+        paragraphs.insert(int(place_frac * len(paragraphs)), FACT.format(key, value))
+    return "\n\n".join(paragraphs)
+
+
+def numbers(content: str | None) -> list[str]:
+    return re.findall(r"\d+", content or "")
 
 
 async def test_models_shows_name_and_context(client: AsyncOpenAI) -> None:
@@ -244,25 +266,31 @@ async def test_hang_up_during_prefill_frees_the_engine(
 
 @pytest.mark.parametrize("depth_frac", [0.1, 0.5, 0.9])
 async def test_passkey_is_found_in_16k_tokens(client: AsyncOpenAI, depth_frac: float) -> None:
-    facts = [
-        (depth_frac, "The passkey for the north tower is 48213."),
-        (0.3, "The passkey for the old mill is 90657."),
-        (0.7, "The passkey for the red bridge is 13874."),
-    ]
-    paragraphs = long_text(NUM_RETRIEVAL_TOKENS - 200).split("\n")
-    for place_frac, fact in sorted(facts, reverse=True):
-        paragraphs.insert(int(place_frac * len(paragraphs)), fact)
-    question = "What is the passkey for the north tower?"
+    key, value = PASSKEY
+    messages = chat(f"{document(depth_frac)}\n\n{QUESTION.format(key)}")
     answer = await client.chat.completions.create(
-        model=MODEL,
-        messages=chat("\n".join(paragraphs) + "\n" + question),
-        max_tokens=32,
-        temperature=0,
+        model=MODEL, messages=messages, max_tokens=32, temperature=0
     )
     assert answer.usage is not None
-    assert NUM_RETRIEVAL_TOKENS - 600 <= answer.usage.prompt_tokens <= NUM_RETRIEVAL_TOKENS
-    content = answer.choices[0].message.content or ""
-    assert re.findall(r"\d+", content) == ["48213"], content
+    assert NUM_RETRIEVAL_TOKENS - 100 <= answer.usage.prompt_tokens <= NUM_RETRIEVAL_TOKENS
+    assert numbers(answer.choices[0].message.content) == [value], answer.choices[0].message.content
+
+
+async def test_follow_up_on_a_long_document_reads_only_what_is_new(client: AsyncOpenAI) -> None:
+    messages = chat(f"{document(0.9)}\n\n{QUESTION.format(PASSKEY[0])}")
+    options: dict[str, Any] = {"model": MODEL, "max_tokens": 32, "temperature": 0}
+    for key, value in [PASSKEY, *OTHER_FACTS.values()]:
+        if messages[1:]:
+            messages.append({"role": "user", "content": QUESTION.format(key)})
+        answer = await client.chat.completions.create(messages=messages, **options)
+        content = answer.choices[0].message.content
+        assert numbers(content) == [value], content
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        if messages[1:]:
+            num_cached = answer.usage.prompt_tokens_details.cached_tokens or 0
+            assert answer.usage.prompt_tokens - num_cached < 512
+        messages.append({"role": "assistant", "content": content})
 
 
 async def test_engine_killed_in_the_middle_of_a_stream_is_an_error_and_comes_back(
@@ -285,7 +313,8 @@ async def test_engine_killed_in_the_middle_of_a_stream_is_an_error_and_comes_bac
         _ = [chunk async for chunk in stream]
     with pytest.raises(openai.InternalServerError) as caught:
         await client.chat.completions.create(model=MODEL, messages=chat("Hello"))
-    assert caught.value.code == "engine_unavailable"
+    # the dying engine may still take the connection
+    assert caught.value.code in {"engine_unavailable", "engine_lost"}
     # the gateway may take a second to notice
     async with asyncio.timeout(READY_TIMEOUT_S), httpx.AsyncClient() as http:
         for status in (503, 200):

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.install, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
+JANITOR = Path(__file__).with_name("janitor.py")
 FIRST_START_LIMIT_S = 600
 """`make serve` on a bare machine until ready: two minutes of installing on 2 idle cores, then vLLM."""
 NEXT_START_LIMIT_S = 240
@@ -66,23 +68,24 @@ class Clone:
                 **as_user(self.user),
             )
 
-    def processes(self) -> dict[int, str]:
-        """Everything that still runs on behalf of this clone: its HOME is nobody else's."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if f"HOME={self.env['HOME']}".encode() in (folder / "environ").read_bytes().split(
-                    b"\0"
-                ):
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    def processes(self) -> dict[str, str]:
+        """Everything that still runs on behalf of this clone, by process id."""
+        listing = subprocess.run(
+            [sys.executable, JANITOR, self.folder.parent], capture_output=True, check=True
+        )
+        found = json.loads(listing.stdout)
+        assert isinstance(found, dict)
         return found
 
 
 @pytest.fixture(scope="module")
 def clone() -> Iterator[Clone]:
     # not pytest's folder, which is closed to other users
-    with tempfile.TemporaryDirectory(prefix="sala-clone-") as name:
-        top = Path(name)
+    with (
+        tempfile.TemporaryDirectory(prefix="sala-clone-") as name,
+        cleaned_up(Path(name).resolve()),
+    ):
+        top = Path(name).resolve()
         folder = top / "sala-serve"
         git = ["git", "-c", f"safe.directory={ROOT}", "-c", f"safe.directory={ROOT}/.git"]
         subprocess.run([*git, "clone", "--quiet", str(ROOT), str(folder)], check=True)
@@ -92,6 +95,20 @@ def clone() -> Iterator[Clone]:
         for part in ("home", "tmp"):
             (top / part).mkdir()
         yield Clone(folder, env, hand_over(top, env))
+
+
+@contextmanager
+def cleaned_up(top: Path) -> Iterator[None]:
+    """Nothing that was started in ``top`` outlives the block, not even if this process is killed."""
+    janitor = subprocess.Popen(
+        [sys.executable, JANITOR, top, "--reap"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert janitor.stdin is not None
+    try:
+        yield
+    finally:
+        janitor.stdin.close()
+        assert janitor.wait(STOP_LIMIT_S) == 0, "a process of the clone cannot be ended"
 
 
 def hand_over(top: Path, env: dict[str, str]) -> str | None:
@@ -122,7 +139,7 @@ def as_user(user: str | None) -> dict[str, Any]:
 def served(
     clone: Clone, output: Path, limit_s: float, **env: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """``make serve`` from its start until it is ready; killed at the end if the test did not stop it."""
+    """``make serve`` from its start until it is ready; ended with the block if the test did not stop it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = clone.start(readme_commands()["serve"], output, SALA_SERVE_PORT=str(port), **env)
@@ -130,9 +147,9 @@ def served(
         wait_ready(f"http://127.0.0.1:{port}/readyz", process, output, limit_s)
         yield process
     finally:
-        for pid in clone.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # the gateway's death ends its engine
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
