@@ -1,13 +1,21 @@
-"""The training loop: data -> loss -> backward -> clip -> step -> log -> save; resumable at any step."""
+"""The training loop: data -> loss -> backward -> clip -> step -> log -> save; resumable at any step.
+
+A run folder holds ``state.pt``, ``log.jsonl`` (one line every few steps) and ``run.json`` (the recipe
+and, for each process that worked on it, the steps, seconds, device and versions).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +24,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sala_kernels.spec import SalaSpec
+from sala_training.checkpoint import write_json
 from sala_training.config import Recipe, Stage
+from sala_training.model.mixers import LightningMixer
 from sala_training.model.sala import SalaForCausalLM
 
 if TYPE_CHECKING:
@@ -26,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "state.pt"
 LOG_NAME = "log.jsonl"
+RUN_NAME = "run.json"
 
 BatchFn = Callable[[int, Stage, int], tuple[Tensor, Tensor]]
 """(step, stage, sequences) -> tokens [seqs, length + 1] int64 and loss weights, as long, float32."""
@@ -51,20 +62,23 @@ def train(
     batches: BatchFn,
     device: torch.device,
     max_seconds: float | None = None,
+    compile_backend: str | None = None,
 ) -> bool:
     """Run the recipe from where ``run_dir`` left off.
 
-    SIGTERM saves and returns; so does ``max_seconds``, for hosts that lend time in pieces.
+    SIGTERM saves after the current step and returns; so does ``max_seconds``, for hosts that lend time
+    in pieces. Only the main thread may call this: it handles a signal.
 
     Args:
         recipe: what to train.
-        run_dir: holds ``state.pt`` and ``log.jsonl``; made if needed.
+        run_dir: holds the files of the run; made if needed.
         batches: the data, a pure function of the step, so that a resumed run sees the same tokens.
         device: where to train.
         max_seconds: stop after this many seconds; None runs to the end.
+        compile_backend: of ``torch.compile``; None compiles nothing.
 
     Returns:
-        True when the recipe is finished.
+        True when the recipe is finished, False when it was stopped; call again to go on.
 
     Raises:
         ResumeError: ``run_dir`` belongs to another recipe or its state is unreadable.
@@ -78,27 +92,55 @@ def train(
     first_step = _resume(recipe, run_dir, model, optimizers)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
-
-    stop = _StopOnSigterm()
+    if first_step == recipe.num_steps:
+        return True
+    run = _RunFile(recipe, run_dir / RUN_NAME, first_step, device, compile_backend)
     log = _Log(run_dir / LOG_NAME, first_step)
     saved_at_s = time.monotonic()
-    step = first_step
-    for step, tokens, weights in _prefetched(recipe, batches, first_step, device):
-        metrics = _step(model, optimizers, recipe, step, tokens, weights)
-        if (step + 1) % recipe.log_every_steps == 0:
-            log.write(recipe, step, metrics)
-        now_s = time.monotonic()
-        out_of_time = stop.requested or now_s > deadline_at_s
-        if out_of_time or now_s - saved_at_s > recipe.save_every_s:
-            _save(recipe, run_dir, step + 1, model, optimizers)
-            saved_at_s = now_s
-        if out_of_time and step + 1 < recipe.num_steps:
-            logger.info("stopped after step %d of %d", step + 1, recipe.num_steps)
-            return False
-    _save(recipe, run_dir, recipe.num_steps, model, optimizers)
-    return True
+    next_step = first_step
+    compiled_for: Stage | None = None
+    with _sigterm_noted() as stop:
+        for step, tokens, weights in _prefetched(recipe, batches, first_step, device):
+            stage = recipe.stage_at(step)
+            if compile_backend and stage != compiled_for:
+                compile_layers(model, stage.sparse, compile_backend)
+                compiled_for = stage
+            metrics = _step(model, optimizers, recipe, step, tokens, weights)
+            next_step = step + 1
+            if next_step % recipe.log_every_steps == 0:
+                log.write(recipe, step, metrics)
+            now_s = time.monotonic()
+            if stop.requested or now_s > deadline_at_s:
+                break
+            if now_s - saved_at_s > recipe.save_every_s:
+                _save(recipe, run_dir, next_step, model, optimizers)
+                run.write(next_step)
+                saved_at_s = now_s
+        _save(recipe, run_dir, next_step, model, optimizers)
+        run.write(next_step)
+    if next_step < recipe.num_steps:
+        logger.info("stopped after step %d of %d", next_step, recipe.num_steps)
+    return next_step == recipe.num_steps
+
+
+def compile_layers(model: SalaForCausalLM, sparse: bool, backend: str) -> None:
+    """Compile each layer for one stage, as one graph and for one shape.
+
+    What cannot be one graph stays eager: the selection depends on data and would split a layer, and
+    compiled pieces around such a break fail now and then, in the backward pass, on torch 2.11. A
+    process that resumes in a stage compiles the same as one that reaches it.
+
+    Args:
+        model: changed in place.
+        sparse: the stage selects blocks; only the MLPs of sparse layers are compiled then.
+        backend: of ``torch.compile``.
+    """
+    # else the shapes of earlier stages count against the recompile limit
+    torch.compiler.reset()
+    for layer in model.model.layers:
+        is_whole = not sparse or isinstance(layer.self_attn, LightningMixer)
+        layer.compile(backend=backend, dynamic=False, fullgraph=True, disable=not is_whole)
+        layer.mlp.compile(backend=backend, dynamic=False, fullgraph=True, disable=is_whole)
 
 
 def load_trained(recipe: Recipe, run_dir: Path) -> SalaForCausalLM:
@@ -249,25 +291,75 @@ def _resume(
     return int(state["step"])
 
 
-class _StopOnSigterm:
-    """Remembers SIGTERM so that the loop can save at the end of a step."""
+@dataclass
+class _Stop:
+    """Whether somebody asked the loop to stop."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._request)
+    requested: bool = False
 
-    def _request(self, signum: int, frame: object) -> None:
-        self.requested = True
+
+@contextmanager
+def _sigterm_noted() -> Iterator[_Stop]:
+    """Turn SIGTERM into a wish to stop, so that the loop can save at the end of a step."""
+    stop = _Stop()
+
+    def request(signum: int, frame: object) -> None:
+        stop.requested = True
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _RunFile:
+    """Writes ``run.json``: the recipe, and a part for each process that worked on the run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        first_step: int,
+        device: torch.device,
+        compile_backend: str | None,
+    ) -> None:
+        self._path = path
+        self._started_at_s = time.monotonic()
+        earlier = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else []
+        self._content = {
+            "recipe_digest": recipe.digest(),
+            "recipe": dataclasses.asdict(recipe),
+            "parts": [part for part in earlier if part["last_step"] <= first_step],
+        }
+        self._part = {
+            "first_step": first_step,
+            "device": device_text(device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "compile_backend": compile_backend,
+        }
+
+    def write(self, last_step: int) -> None:
+        """Say that this process has come to ``last_step``."""
+        seconds = round(time.monotonic() - self._started_at_s, 1)
+        part = {**self._part, "last_step": last_step, "seconds": seconds}
+        partial = self._path.with_name(self._path.name + ".partial")
+        write_json(partial, {**self._content, "parts": [*self._content["parts"], part]})
+        partial.replace(self._path)
+
+
+def device_text(device: torch.device) -> str:
+    """Name a device as people do."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 class _Log:
     """Appends one JSON object a line; a resumed run drops the lines it is about to write again."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= first_step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._path = path
         self._written_at_s = time.monotonic()
@@ -292,3 +384,11 @@ class _Log:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         logger.info("%s", line)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a log line; a line that a kill has cut belongs to no step."""
+    try:
+        return int(json.loads(line)["step"])
+    except json.JSONDecodeError:
+        return math.inf

@@ -57,6 +57,10 @@ MIN_STOP_WORD_FRAC = 0.12
 """Share of the commonest English words below which a page is a listing or another language."""
 
 
+class PackageError(OSError):
+    """A source package that cannot be downloaded or unpacked."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One text with its provenance."""
@@ -74,7 +78,7 @@ def download(package: str, cache: Path) -> Path:
     """Return the package's ``.deb`` in ``cache``, downloading it (without installing) if absent.
 
     Raises:
-        RuntimeError: ``apt-get`` or ``dpkg-deb`` is missing or fails.
+        PackageError: ``apt-get`` or ``dpkg-deb`` is missing or fails.
     """
     cache.mkdir(parents=True, exist_ok=True)
     found = sorted(cache.glob(f"{package}_*.deb"))
@@ -82,7 +86,7 @@ def download(package: str, cache: Path) -> Path:
         _run(["apt-get", "download", package], cache)
         found = sorted(cache.glob(f"{package}_*.deb"))
     if len(found) != 1:
-        raise RuntimeError(f"expected one {package}_*.deb in {cache}, got {len(found)}")
+        raise PackageError(f"expected one {package}_*.deb in {cache}, got {len(found)}")
     return found[0]
 
 
@@ -100,12 +104,12 @@ def unpack(deb: Path, cache: Path) -> Path:
 
 def _run(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
-        raise RuntimeError(
+        raise PackageError(
             f"{command[0]} not found: collecting text needs a Debian or Ubuntu system"
         )
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr.strip()[-2000:]}")
+        raise PackageError(f"{' '.join(command)} failed:\n{result.stderr.strip()[-2000:]}")
 
 
 def package_version(deb: Path) -> str:
@@ -252,7 +256,7 @@ def collect(
         num_workers: processes that extract text.
 
     Raises:
-        RuntimeError: a package cannot be downloaded or unpacked.
+        PackageError: a package cannot be downloaded or unpacked.
     """
     debs = [download(source.package, cache) for source in sources]
     trees = [unpack(deb, cache) for deb in debs]

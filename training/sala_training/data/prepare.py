@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import lzma
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def prepare(
         num_workers: processes that extract text.
 
     Raises:
-        RuntimeError: a package cannot be downloaded or unpacked.
+        PackageError: a package cannot be downloaded or unpacked.
     """
     from sala_training.data import corpus
 
@@ -119,8 +120,9 @@ def tokenizer_sample(texts: Sequence[str]) -> list[str]:
     return ["\n\n".join(paragraphs[i : i + 20]) for i in range(0, len(paragraphs), 20 * step)]
 
 
-def _write_tokens(tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> dict[str, int | float]:
+def _write_tokens(tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> dict[str, Any]:
     num_tokens = 0
+    digest = hashlib.sha256()
     num_bytes = sum(len(text.encode()) for text in texts)
     with path.open("wb") as file:
         # small batches: the encodings of one whole book take a hundred megabytes
@@ -129,11 +131,13 @@ def _write_tokens(tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> dic
             for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 ids = np.array([*encoding.ids, EOS_ID], "<u2")
                 file.write(ids.tobytes())
+                digest.update(ids.tobytes())
                 num_tokens += len(ids)
     return {
         "num_tokens": num_tokens,
         "text_bytes": num_bytes,
         "bytes_per_token": round(num_bytes / num_tokens, 3),
+        "sha256": digest.hexdigest(),
     }
 
 

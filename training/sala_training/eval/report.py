@@ -16,6 +16,7 @@ from sala_training.data.tokenizer import EOS_IDS, encode, load
 from sala_training.eval import retrieval
 from sala_training.eval.bits import bits_per_byte
 from sala_training.eval.retrieval import Case, Variant
+from sala_training.loop import device_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +76,7 @@ def evaluate(
         ids = _greedy(model, hidden, list(case.prompt_ids), draft)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    scores: dict[str, Any] = {"device": _device_text(device), "torch": torch.__version__}
+    scores: dict[str, Any] = {"device": device_text(device), "torch": torch.__version__}
     bits = bits_per_byte(log_probs, held_out.tokens, tokenizer, 4096, bits_windows)
     scores["bits_per_byte"] = round(bits.bits_per_byte, 4)
     scores["bits_per_byte_tokens"] = bits.num_tokens
@@ -111,7 +112,3 @@ def _greedy(model: SalaForCausalLM, hidden: Any, prompt: list[int], draft: list[
             answer.append(token)
         draft = []
     return answer
-
-
-def _device_text(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
