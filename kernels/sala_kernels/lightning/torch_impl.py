@@ -24,19 +24,18 @@ def lightning_attention(
     active = [i for i, slot in enumerate(slots) if slot >= 0 and num_queries[i] > 0]
 
     if decodes := [i for i in active if num_queries[i] == 1]:
-        tokens = torch.tensor([starts[i] for i in decodes])
         seqs = torch.tensor(decodes)
-        slot = batch.state_slots[seqs].long()
-        before = _initial_state(state[slot], batch.has_context[seqs])
+        tokens, slot = batch.query_start_loc[seqs], batch.state_slots[seqs]
+        after = _initial_state(state[slot], batch.has_context[seqs]).mul_(_decay(slopes))
         q_t, k_t, v_t = (x[tokens].float() for x in (q, k, v))
-        after = _decay(slopes) * before + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        after.addcmul_(k_t.unsqueeze(-1), v_t.unsqueeze(-2))
         state[slot] = after
         output[tokens] = (scale * (q_t.unsqueeze(-2) @ after).squeeze(-2)).to(q.dtype)
 
     for i in active:
         if num_queries[i] > 1:
             new = slice(starts[i], starts[i + 1])
-            before = _initial_state(state[slots[i]], batch.has_context[i])
+            before = _initial_state(state[slots[i]].clone(), batch.has_context[i])
             output[new], state[slots[i]] = _prefill(q[new], k[new], v[new], slopes, scale, before)
     return output
 
@@ -76,8 +75,10 @@ def _prefill(
 
 
 def _initial_state(stored: Tensor, has_context: Tensor) -> Tensor:
-    """Take the stored state, or zero for a sequence without context (the slot may hold NaN)."""
-    return stored.masked_fill(~has_context[..., None, None, None], 0.0)
+    """Zero the copied states of sequences without context, in place (their slots may hold NaN)."""
+    if not has_context.all():
+        stored.masked_fill_(~has_context[..., None, None, None], 0.0)
+    return stored
 
 
 def _decay(slopes: Tensor) -> Tensor:
