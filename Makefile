@@ -3,10 +3,10 @@
 MODEL ?= training/demo/checkpoint
 NAME ?= $(notdir $(MODEL:/checkpoint=))
 
-.PHONY: help install serve test check lock clean
+.PHONY: help install serve test check bench lock demo-checkpoint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## make .venv from the lock file; under a second when nothing has changed
 	@scripts/install
@@ -20,8 +20,14 @@ test: install ## run every test (SALA_TEST_SELECT="tests/serve -x" for some)
 check: install ## lint, formatting, types, shell, spelling, file length
 	@scripts/check
 
+bench: install ## check the operators, then time them and the engine against references (5 minutes)
+	@.venv/bin/python kernels/bench/run.py
+
 lock: ## resolve requirements/cpu.lock anew
 	@scripts/lock
+
+demo-checkpoint: ## train the demo model anew on this machine's GPU (PYTHON=a python with torch for CUDA)
+	@scripts/demo-checkpoint
 
 clean: ## remove the environment and every cache
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
