@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import uvloop
 
@@ -24,6 +24,8 @@ from sala_serve.config import (
     GatewayConfig,
     load_chat_config,
     load_gateway_config,
+    parse_engine_url,
+    parse_port,
     read_api_key_file,
 )
 from sala_serve.engine.launch import EngineOptions, engine_command, reserved_flag, runs_on_gpu
@@ -33,12 +35,16 @@ from sala_serve.serving import bind, serve
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 logger = logging.getLogger("sala_serve")
 
+T = TypeVar("T")
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+MAX_SOCKET_PATH_BYTES = 107
+"""Linux's limit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +73,10 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
     model = options.model.resolve()
     SalaSpec.from_file(model)
     on_gpu = runs_on_gpu()
-    with tempfile.TemporaryDirectory(prefix="sala-serve-") as folder:
+    with _temporary_folder() as folder:
         engine_socket = Path(folder, "engine.sock")
+        if len(os.fsencode(engine_socket)) > MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(f"{folder} is too long for a socket: set TMPDIR to a shorter path")
         config = _gateway_config(options, engine_url="http://engine", engine_socket=engine_socket)
         listener = bind(config.host, config.port)
         gateway = Gateway.create(config)
@@ -89,6 +97,13 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
             clock=time.monotonic,
         )
         return _serve(gateway, listener, supervisor)
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="sala-serve-")
+    except OSError as error:
+        raise ConfigError(f"no temporary folder can be made, set TMPDIR: {error}") from None
 
 
 def _gateway(options: argparse.Namespace) -> int:
@@ -159,10 +174,16 @@ def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:position], arguments[position + 1 :]
 
 
-def _port(text: str) -> int:
-    if not 0 <= (port := int(text)) <= 65535:
-        raise ValueError
-    return port
+def _usable(parse: Callable[[str], T], expected: str) -> Callable[[str], T]:
+    """Wrap ``parse`` so that argparse says what was expected."""
+
+    def parse_argument(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return parse_argument
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,7 +221,11 @@ def _parser() -> argparse.ArgumentParser:
         "streams that proxies do not cut during long prefills.",
     )
     gateway.add_argument(
-        "--engine-url", required=True, metavar="URL", help="vLLM's URL without /v1"
+        "--engine-url",
+        type=_usable(parse_engine_url, "a URL as http://host:8001, without /v1 and without a user"),
+        required=True,
+        metavar="URL",
+        help="vLLM's URL without /v1",
     )
     _add_server_arguments(gateway)
 
@@ -234,7 +259,9 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", help="address to listen on (default: $SALA_SERVE_HOST or 127.0.0.1)"
     )
     parser.add_argument(
-        "--port", type=_port, help="port to listen on (default: $SALA_SERVE_PORT or 8000; 0: any)"
+        "--port",
+        type=_usable(parse_port, "a port number"),
+        help="port to listen on (default: $SALA_SERVE_PORT or 8000; 0: any)",
     )
     parser.add_argument(
         "--api-key-file",

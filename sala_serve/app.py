@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application."""
+"""The gateway as an ASGI application: routes, what surrounds them, answers to what they raise."""
 
 from __future__ import annotations
 
@@ -9,24 +9,11 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from sala_serve.answers import error_response
-from sala_serve.api.chat import chat_route
-from sala_serve.api.completions import completions_route
-from sala_serve.api.health import health_routes
-from sala_serve.api.metrics import metrics_route
-from sala_serve.api.models import models_routes
-from sala_serve.errors import (
-    GatewayError,
-    InternalError,
-    InvalidRequest,
-    MethodNotAllowed,
-    RouteNotFound,
-)
-from sala_serve.middleware.access import AccessMiddleware
-from sala_serve.middleware.auth import AuthMiddleware
-from sala_serve.middleware.body_limit import BodyLimitMiddleware
-from sala_serve.middleware.request_id import RequestIdMiddleware
-from sala_serve.telemetry.record import RequestRecord
+from sala_serve.api.generate import generation_routes
+from sala_serve.api.status import status_routes
+from sala_serve.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
+from sala_serve.middleware import AuthMiddleware, RecordMiddleware
+from sala_serve.telemetry import RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,58 +26,49 @@ if TYPE_CHECKING:
 
 def build_app(gateway: Gateway) -> Starlette:
     """Wire routes, middleware and error answers around the parts of ``gateway``."""
-    routes = [
-        chat_route(gateway),
-        completions_route(gateway),
-        *models_routes(gateway.monitor),
-        *health_routes(gateway),
-        metrics_route(gateway.metrics),
-    ]
+    routes = [*generation_routes(gateway), *status_routes(gateway)]
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with gateway.run():
             yield
 
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(RequestIdMiddleware),
             Middleware(
-                AccessMiddleware,
+                RecordMiddleware,
                 metrics=gateway.metrics,
                 endpoints=[route.path for route in routes],
                 clock=gateway.clock,
             ),
             Middleware(AuthMiddleware, api_keys=gateway.config.api_keys),
-            Middleware(BodyLimitMiddleware, max_body_bytes=gateway.config.max_body_bytes),
         ],
-        exception_handlers={
-            GatewayError: _answer_gateway_error,
-            HTTPException: _answer_http_exception,
-            Exception: _answer_bug,
-        },
+        exception_handlers={GatewayError: _answer_error, HTTPException: _answer_routing_error},
         lifespan=lifespan,
     )
+    # a redirect would be built from the Host header and lead to http:// behind a TLS proxy
+    app.router.redirect_slashes = False
+    return app
 
 
-async def _answer_gateway_error(request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     RequestRecord.of(request.scope).error_code = error.code
-    return error_response(error)
+    return error.response()
 
 
-async def _answer_http_exception(_request: Request, error: Exception) -> Response:
+async def _answer_routing_error(request: Request, error: Exception) -> Response:
     """Answer what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     match error.status_code:
         case 404:
-            return error_response(RouteNotFound("There is nothing at this path."))
+            response = await _answer_error(request, RouteNotFound("There is nothing at this path."))
         case 405:
-            return error_response(MethodNotAllowed("This path needs another method."))
+            message = "This path needs another method."
+            response = await _answer_error(request, MethodNotAllowed(message))
         case _:
-            return error_response(InvalidRequest("The request cannot be understood."))
-
-
-async def _answer_bug(_request: Request, _error: Exception) -> Response:
-    return error_response(InternalError("The gateway failed on this request."))
+            message = "The request cannot be understood."
+            response = await _answer_error(request, InvalidRequest(message))
+    response.headers.update(error.headers or {})
+    return response

@@ -6,12 +6,15 @@ misspelt setting that is silently ignored is found in production.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from _typeshed import DataclassInstance
 
 PREFIX = "SALA_SERVE_"
 
@@ -45,21 +48,6 @@ class ApiKeys:
 
 
 @dataclass(frozen=True)
-class EngineTimeouts:
-    """How long the gateway waits for the engine at each step of a request."""
-
-    connect_s: float = 5.0
-    """Until the engine accepts the connection."""
-    write_s: float = 60.0
-    """For one write of the request body to be taken."""
-    read_s: float = 3600.0
-    """Between two bytes of the answer. The engine is silent during a prefill, which lasts minutes for a
-    million tokens, and an answer that is not streamed is silent until its last token."""
-    pool_s: float = 5.0
-    """For a free slot among ``max_engine_connections``."""
-
-
-@dataclass(frozen=True)
 class GatewayConfig:
     """Everything the gateway needs to know at start."""
 
@@ -72,10 +60,10 @@ class GatewayConfig:
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     max_body_bytes: int = 32 * 1024 * 1024
     """A million tokens are 5 MB of text, 12 MB when the client escapes Chinese."""
-    max_engine_connections: int = 1024
-    """Requests running at the same time."""
-    upload_timeout_s: float = 60.0
-    """For the next piece of the client's body to arrive."""
+    max_running_requests: int = 1024
+    """Running or uploading at the same time; more are refused. Each may hold ``max_body_bytes``."""
+    upload_timeout_s: float = 120.0
+    """For the client's body to arrive."""
     send_timeout_s: float = 60.0
     """For a client to take the next piece of its answer; a slower one is cut off."""
     drain_timeout_s: float = 300.0
@@ -84,7 +72,13 @@ class GatewayConfig:
     """Between two looks at the engine's health."""
     stuck_after_s: float = 60.0
     """A connected engine whose health stays unanswered for this long counts as down."""
-    engine_timeouts: EngineTimeouts = field(default_factory=EngineTimeouts)
+    engine_connect_timeout_s: float = 5.0
+    """Until the engine accepts a connection."""
+    engine_write_timeout_s: float = 60.0
+    """For the engine to take the next piece of a request's body."""
+    engine_read_timeout_s: float = 3600.0
+    """Between two bytes of the answer. The engine is silent during a prefill, which lasts minutes for a
+    million tokens, and an answer that is not streamed is silent until its last token."""
 
 
 @dataclass(frozen=True)
@@ -107,35 +101,41 @@ def _positive_float(text: str) -> float:
     return value
 
 
-def _port(text: str) -> int:
+def parse_port(text: str) -> int:
+    """Return ``text`` as a port, 0 for any, else raise ``ValueError``."""
     if not 0 <= (value := int(text)) <= 65535:
         raise ValueError
     return value
+
+
+def parse_engine_url(text: str) -> str:
+    """Return ``text`` if it can be an engine's base URL, else raise ``ValueError``."""
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/") == "v1":
+        raise ValueError
+    if url.username or url.query or url.fragment or url.port == 0:  # reading a bad port raises
+        raise ValueError
+    return text
 
 
 @dataclass(frozen=True)
 class _Variable:
     parse: Callable[[str], Any]
     expected: str
-    gateway_field: str | None = None
-    timeout_field: str | None = None
-    chat_field: str | None = None
 
 
 VARIABLES: Mapping[str, _Variable] = {
-    "HOST": _Variable(str, "a host name or address", "host"),
-    "PORT": _Variable(_port, "a port number", "port"),
-    "API_KEYS": _Variable(ApiKeys.from_text, "keys separated by commas", "api_keys"),
-    "MAX_BODY_BYTES": _Variable(_positive_int, "a positive integer", "max_body_bytes"),
-    "MAX_ENGINE_CONNECTIONS": _Variable(
-        _positive_int, "a positive integer", "max_engine_connections"
-    ),
-    "DRAIN_TIMEOUT_S": _Variable(_positive_float, "seconds above 0", "drain_timeout_s"),
-    "ENGINE_READ_TIMEOUT_S": _Variable(_positive_float, "seconds above 0", timeout_field="read_s"),
-    "URL": _Variable(str, "the gateway's URL", chat_field="url"),
-    "API_KEY": _Variable(str, "one key", chat_field="api_key"),
+    "HOST": _Variable(str, "a host name or address"),
+    "PORT": _Variable(parse_port, "a port number"),
+    "API_KEYS": _Variable(ApiKeys.from_text, "keys separated by commas"),
+    "MAX_BODY_BYTES": _Variable(_positive_int, "a positive integer"),
+    "MAX_RUNNING_REQUESTS": _Variable(_positive_int, "a positive integer"),
+    "DRAIN_TIMEOUT_S": _Variable(_positive_float, "seconds above 0"),
+    "ENGINE_READ_TIMEOUT_S": _Variable(_positive_float, "seconds above 0"),
+    "URL": _Variable(str, "the gateway's URL"),
+    "API_KEY": _Variable(str, "one key"),
 }
-"""Every ``SALA_SERVE_*`` variable; the last two are read by ``sala-serve chat``."""
+"""Every ``SALA_SERVE_*`` variable, named as its field; ``sala-serve chat`` reads the last two."""
 
 
 def load_gateway_config(env: Mapping[str, str], **overrides: object) -> GatewayConfig:
@@ -148,19 +148,20 @@ def load_gateway_config(env: Mapping[str, str], **overrides: object) -> GatewayC
     Raises:
         ConfigError: a ``SALA_SERVE_*`` variable is unknown or has no usable value.
     """
-    values = _read(env)
-    fields = {v.gateway_field: values[name] for name, v in _known(values) if v.gateway_field}
-    timeouts = {v.timeout_field: values[name] for name, v in _known(values) if v.timeout_field}
-    fields |= {name: value for name, value in overrides.items() if value is not None}
-    return GatewayConfig(engine_timeouts=replace(EngineTimeouts(), **timeouts), **fields)
+    return GatewayConfig(**_resolve(GatewayConfig, env, overrides))
 
 
 def load_chat_config(env: Mapping[str, str], **overrides: object) -> ChatConfig:
     """Resolve the terminal client's settings; arguments as for :func:`load_gateway_config`."""
-    values = _read(env)
-    fields = {v.chat_field: values[name] for name, v in _known(values) if v.chat_field}
-    fields |= {name: value for name, value in overrides.items() if value is not None}
-    return ChatConfig(**fields)
+    return ChatConfig(**_resolve(ChatConfig, env, overrides))
+
+
+def _resolve(
+    config: type[DataclassInstance], env: Mapping[str, str], overrides: Mapping[str, object]
+) -> dict[str, Any]:
+    known = {each.name for each in fields(config)}
+    values = {name: value for name, value in _read(env).items() if name in known}
+    return values | {name: value for name, value in overrides.items() if value is not None}
 
 
 def read_api_key_file(path: Path) -> ApiKeys:
@@ -173,10 +174,6 @@ def read_api_key_file(path: Path) -> ApiKeys:
         return ApiKeys.from_text(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the API key file {path}: {error}") from None
-
-
-def _known(values: Mapping[str, object]) -> list[tuple[str, _Variable]]:
-    return [(name, variable) for name, variable in VARIABLES.items() if name in values]
 
 
 def _read(env: Mapping[str, str]) -> dict[str, Any]:
@@ -192,7 +189,7 @@ def _read(env: Mapping[str, str]) -> dict[str, Any]:
                 "enableServiceLinks: false, else a service named sala-serve injects such names"
             )
         try:
-            values[name] = variable.parse(text)
+            values[name.lower()] = variable.parse(text)
         except ConfigError as error:
             raise ConfigError(f"{full_name}: {error}") from None
         except ValueError:

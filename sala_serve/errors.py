@@ -19,17 +19,27 @@
         ├── EngineFailed            500 engine_error            the engine answered with an error
         ├── EngineLost              502 engine_lost             the engine went away in the middle
         ├── EngineUnavailable       503 engine_unavailable      starting, restarting or down
+        ├── Overloaded              503 overloaded              too many requests run
         ├── ShuttingDown            503 shutting_down           this gateway is draining
         └── EngineTimeout           504 engine_timeout          silent for longer than allowed
 
-Messages are written for the client: they never hold a path, a prompt or a trace.
+Messages are written for the client: they never hold a path, a prompt or a trace. docs/api.md says what a
+client should do about each.
 """
 
 # ruff: noqa: N818 - each class is named for what happened
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import json
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from starlette.responses import JSONResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RETRY_AFTER_S = 5
 
 
 class GatewayError(Exception):
@@ -38,17 +48,15 @@ class GatewayError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
+    headers: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
-        """Return the JSON body of the answer (also the payload of an SSE error event)."""
+        """Return the error as OpenAI writes it."""
         return {
             "error": {
                 "message": self.message,
@@ -58,9 +66,13 @@ class GatewayError(Exception):
             }
         }
 
-    def headers(self) -> dict[str, str]:
-        """Return the headers that belong to this error."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+    def response(self) -> JSONResponse:
+        """Return the error as an answer."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+    def event(self) -> bytes:
+        """Return the error as the last event of a stream, which OpenAI clients raise."""
+        return b"data: " + json.dumps(self.body()).encode() + b"\n\n"
 
 
 class RequestError(GatewayError):
@@ -92,10 +104,7 @@ class InvalidApiKey(RequestError):
 
     status = 401
     code = "invalid_api_key"
-
-    def headers(self) -> dict[str, str]:
-        """Return the challenge HTTP asks for beside a 401."""
-        return {"WWW-Authenticate": "Bearer"}
+    headers = {"WWW-Authenticate": "Bearer"}
 
 
 class ModelNotFound(RequestError):
@@ -166,6 +175,15 @@ class EngineUnavailable(ServerError):
 
     status = 503
     code = "engine_unavailable"
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+
+
+class Overloaded(ServerError):
+    """As many requests run as the gateway admits."""
+
+    status = 503
+    code = "overloaded"
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
 
 
 class ShuttingDown(ServerError):
@@ -173,6 +191,7 @@ class ShuttingDown(ServerError):
 
     status = 503
     code = "shutting_down"
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
 
 
 class EngineTimeout(ServerError):
@@ -180,3 +199,5 @@ class EngineTimeout(ServerError):
 
     status = 504
     code = "engine_timeout"
+    # OpenAI's clients would send the same hour of work again
+    headers = {"X-Should-Retry": "false"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sala_serve.engine.http import HttpEngine, engine_client
 from sala_serve.engine.monitor import EngineMonitor
 from sala_serve.running import RunningRequests
-from sala_serve.telemetry.metrics import Metrics
+from sala_serve.telemetry import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -39,7 +39,7 @@ class Gateway:
         cls, config: GatewayConfig, *, clock: Callable[[], float] = time.monotonic
     ) -> Gateway:
         """Make the parts; nothing is connected yet."""
-        # probes have a client of their own: they must get through when requests fill the other's pool
+        # probes have a client of their own, so that no request can hold them up
         request_client, probe_client = engine_client(config), engine_client(config)
         metrics = Metrics()
         monitor = EngineMonitor(
@@ -54,7 +54,7 @@ class Gateway:
             clock=clock,
             engine=HttpEngine(request_client),
             monitor=monitor,
-            running=RunningRequests(),
+            running=RunningRequests(config.max_running_requests),
             metrics=metrics,
             clients=(request_client, probe_client),
         )

@@ -1,65 +1,67 @@
-"""The requests that run now: count them, cut one when its client leaves, drain all before a stop."""
+"""Admission: count the requests that run, refuse too many, cut one from outside, drain all before a stop."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from sala_serve.errors import ClientDisconnected, ShuttingDown
+from sala_serve.errors import ClientDisconnected, GatewayError, Overloaded, ShuttingDown
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterator
+    from collections.abc import AsyncIterator, Awaitable
+    from types import TracebackType
 
     from starlette.types import Receive
-
-    from sala_serve.errors import GatewayError
 
 T = TypeVar("T")
 
 
 class RunningRequest:
-    """One request whose work can be cut from outside, with the error it then ends in."""
+    """One request, as a block that can be cut from outside and then raises the cause."""
 
     def __init__(self) -> None:
         self._scope = asyncio.timeout(None)
         self._cause: GatewayError | None = None
 
+    async def __aenter__(self) -> RunningRequest:
+        await self._scope.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError:
+            assert self._cause is not None
+            raise self._cause from None
+
     def cut(self, cause: GatewayError) -> None:
-        """Cancel the work; :meth:`run` then raises ``cause``. Later cuts change nothing."""
+        """Cancel what the block awaits; the block raises ``cause``. Later cuts change nothing."""
         if self._cause is None:
             self._cause = cause
             self._scope.reschedule(asyncio.get_running_loop().time())
 
-    async def run(self, work: Awaitable[T], receive: Receive) -> T:
-        """Await ``work`` unless the client disconnects or :meth:`cut` is called first.
+    async def while_client_stays(self, work: Awaitable[T], receive: Receive) -> T:
+        """Await ``work``; cut the block when the client disconnects.
 
         ``receive`` is watched all the while, so ``work`` must neither read the request nor finish the
         answer (a finished answer reads as a disconnect).
-
-        Raises:
-            ClientDisconnected: the client left.
-            GatewayError: the cause given to :meth:`cut`.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(self._watch(receive))
                 try:
-                    return await self._run(work)
+                    return await work
                 finally:
                     watcher.cancel()
         except BaseExceptionGroup as errors:
             # the watcher never fails, so this is the one error of ``work``
             raise errors.exceptions[0]  # noqa: B904 - its own cause must stay
-
-    async def _run(self, work: Awaitable[T]) -> T:
-        try:
-            async with self._scope:
-                return await work
-        except TimeoutError:
-            if self._cause is None:
-                raise
-            raise self._cause from None
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -68,9 +70,10 @@ class RunningRequest:
 
 
 class RunningRequests:
-    """All running requests of one gateway."""
+    """All running requests of one gateway, ``max_requests`` at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_requests: int) -> None:
+        self._max_requests = max_requests
         self._requests: set[RunningRequest] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -79,20 +82,25 @@ class RunningRequests:
     def __len__(self) -> int:
         return len(self._requests)
 
-    @contextmanager
-    def admit(self) -> Iterator[RunningRequest]:
-        """Count a request as running for the length of the ``with`` block.
+    @asynccontextmanager
+    async def admit(self) -> AsyncIterator[RunningRequest]:
+        """Count a request as running for the length of the block.
 
         Raises:
             ShuttingDown: the gateway is draining.
+            Overloaded: too many requests run.
+            GatewayError: the cause given to :meth:`RunningRequest.cut`.
         """
         if self.is_draining:
-            raise ShuttingDown("The server is shutting down; please retry.", retry_after_s=5)
+            raise ShuttingDown("The server is shutting down; please retry.")
+        if len(self._requests) >= self._max_requests:
+            raise Overloaded("Too many requests are running; please retry.")
         request = RunningRequest()
         self._requests.add(request)
         self._idle.clear()
         try:
-            yield request
+            async with request:
+                yield request
         finally:
             self._requests.discard(request)
             if not self._requests:

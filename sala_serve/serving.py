@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sala_serve.app import build_app
 from sala_serve.config import ConfigError
@@ -27,7 +28,53 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
 """Idle client connections are kept longer than load balancers do (60 s), so that these close first."""
+MAX_HEAD_BYTES = 256 * 1024
+HEAD_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 5
+
+
+class BoundedHeadProtocol(HttpToolsProtocol):
+    """uvicorn's protocol bounds neither the size of a request's head nor the time it takes to arrive."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give the client ``HEAD_TIMEOUT_S`` for its first request's head."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of one request or more."""
+        self._num_head_bytes += len(data)
+        super().data_received(data)
+        # bytes are counted anew with each head, so what came with the end of one does not count
+        if self._head_timer is not None and self._num_head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The request's headers are too large.")
+
+    def on_message_begin(self) -> None:
+        """Begin a request's head."""
+        super().on_message_begin()
+        self._head_is_over()
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        """End a request's head."""
+        self._head_is_over()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of the timer."""
+        self._head_is_over()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._num_head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(
+            HEAD_TIMEOUT_S, self.transport.close
+        )
+
+    def _head_is_over(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class GatewayServer(uvicorn.Server):
@@ -37,6 +84,8 @@ class GatewayServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHeadProtocol,
+                ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
@@ -63,6 +112,8 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    except UnicodeError:  # of a name that is too long
+        raise ConfigError(f"cannot listen on {host}:{port}: not a host name") from None
 
 
 async def serve(

@@ -57,8 +57,9 @@ RULES = [
     Rule("sala_serve/config.py", tuple(LAYERS)),
 ]
 LAYER_RULES = [
-    Rule(f"{layer.replace('.', '/')}/**/*.py", tuple(LAYERS[:position]))
+    Rule(layer.replace(".", "/") + ending, tuple(LAYERS[:position]))
     for position, layer in enumerate(LAYERS)
+    for ending in ("/**/*.py", ".py")
 ]
 
 

@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
 
-from sala_serve.answers import error_event, error_response
 from sala_serve.api.schema import Generation, parse_generation
 from sala_serve.api.sse import DONE, AnswerWriter, event_data, split_events
 from sala_serve.engine.vllm_errors import error_from_vllm
-from sala_serve.errors import ClientDisconnected, EngineLost, GatewayError, UploadTimeout
-from sala_serve.middleware.request_id import HEADER as REQUEST_ID_HEADER
-from sala_serve.telemetry.metrics import Usage
-from sala_serve.telemetry.record import RequestRecord
+from sala_serve.errors import (
+    BodyTooLarge,
+    ClientDisconnected,
+    EngineLost,
+    GatewayError,
+    InvalidRequest,
+    UploadTimeout,
+)
+from sala_serve.middleware import REQUEST_ID_HEADER, send_error
+from sala_serve.telemetry import RequestRecord, Usage
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from starlette.types import Receive, Scope, Send
 
-    from sala_serve.api.schema import GenerationBody
     from sala_serve.engine.http import EngineReply
     from sala_serve.gateway import Gateway
 
@@ -33,57 +38,76 @@ PARSE_IN_THREAD_BYTES = 256 * 1024
 _TRACE_HEADERS = ("traceparent", "tracestate")
 
 
+def generation_routes(gateway: Gateway) -> list[Route]:
+    """Return the routes of chats and of text completions."""
+    prompt_fields = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+    return [
+        Route(path, GenerationEndpoint(gateway, path, prompt_field), methods=["POST"])
+        for path, prompt_field in prompt_fields.items()
+    ]
+
+
 class GenerationEndpoint:
     """ASGI application of one path: checks the body, relays it to the engine, relays the answer."""
 
-    def __init__(self, gateway: Gateway, path: str, body_type: type[GenerationBody]) -> None:
+    def __init__(self, gateway: Gateway, path: str, prompt_field: str) -> None:
         self._gateway = gateway
         self._path = path
-        self._body_type = body_type
+        self._prompt_field = prompt_field
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request to its end, which is always counted in its record."""
+        """Serve one request to its end, which is always noted in its record."""
         record = RequestRecord.of(scope)
         writer = AnswerWriter(send, send_timeout_s=self._gateway.config.send_timeout_s)
         try:
-            with self._gateway.running.admit() as running:
+            async with self._gateway.running.admit() as running:
                 generation = await self._receive(Request(scope, receive))
                 self._gateway.monitor.require_ready()
                 self._gateway.monitor.require_model(generation.model)
                 headers = _engine_headers(scope, record)
                 if generation.is_stream:
-                    await running.run(self._stream(generation, headers, record, writer), receive)
+                    work = self._stream(generation, headers, record, writer)
+                    await running.while_client_stays(work, receive)
                     await writer.finish()
                 else:
-                    body = await running.run(self._fetch(generation, headers, record), receive)
-                    await writer.write_json(body)
+                    fetching = self._fetch(generation, headers, record)
+                    await writer.write_json(await running.while_client_stays(fetching, receive))
         except GatewayError as error:
             record.status, record.error_code = error.status, error.code
-            if isinstance(error, ClientDisconnected):
-                return
+            if isinstance(error, ClientDisconnected) or writer.is_json_started:
+                return  # the server closes the connection of an answer that is not complete
             if not writer.is_started:
-                await error_response(error)(scope, receive, send)
+                await send_error(error, scope, receive, send)
                 return
             with suppress(ClientDisconnected):
-                await writer.write_event(error_event(error))
+                await writer.write_event(error.event())
                 await writer.finish()
 
     async def _receive(self, request: Request) -> Generation:
-        raw = bytearray()
-        chunks = request.stream()
+        config = self._gateway.config
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise InvalidRequest("Content-Encoding is not supported: send the body as it is.")
+        num_bytes, raw = int(request.headers.get("content-length", 0)), bytearray()
         try:
-            while True:
-                async with asyncio.timeout(self._gateway.config.upload_timeout_s):
-                    raw += await anext(chunks)
-        except StopAsyncIteration:
-            pass
+            async with asyncio.timeout(config.upload_timeout_s):
+                if num_bytes <= config.max_body_bytes:
+                    async for piece in request.stream():
+                        raw += piece
+                        num_bytes = len(raw)
+                        if num_bytes > config.max_body_bytes:
+                            break
         except TimeoutError:
             raise UploadTimeout("The request body did not arrive in time.") from None
         except ClientDisconnect:
             raise ClientDisconnected("The client left while sending its request.") from None
+        if num_bytes > config.max_body_bytes:
+            raise BodyTooLarge(
+                f"The request body is larger than this server's limit of {config.max_body_bytes} bytes."
+            )
         if len(raw) < PARSE_IN_THREAD_BYTES:
-            return parse_generation(bytes(raw), self._body_type)
-        return await asyncio.to_thread(parse_generation, bytes(raw), self._body_type)
+            return parse_generation(bytes(raw), self._prompt_field)
+        return await asyncio.to_thread(parse_generation, bytes(raw), self._prompt_field)
 
     async def _fetch(
         self, generation: Generation, headers: dict[str, str], record: RequestRecord
@@ -136,21 +160,15 @@ class GenerationEndpoint:
             raise EngineLost("The engine's stream is damaged.")
         if (error := chunk.get("error")) is not None:
             status = error.get("code") if isinstance(error, dict) else None
-            raise error_from_vllm(
-                status if isinstance(status, int) else 500,
-                data,
-                prompt_field=self._body_type.prompt_field,
-            )
+            status = status if isinstance(status, int) else 500
+            raise error_from_vllm(status, data, prompt_field=self._prompt_field)
         return chunk
 
     def _post(
         self, generation: Generation, headers: dict[str, str]
     ) -> AbstractAsyncContextManager[EngineReply]:
         return self._gateway.engine.post(
-            self._path,
-            generation.body,
-            headers=headers,
-            prompt_field=self._body_type.prompt_field,
+            self._path, generation.body, headers=headers, prompt_field=self._prompt_field
         )
 
 

@@ -4,56 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NoReturn
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, NoReturn
 
 from sala_serve.errors import FieldNotAllowed, InvalidRequest
 
-FORBIDDEN_FIELDS = ("cache_salt", "kv_transfer_params", "priority", "request_id")
-"""Extensions of vLLM that would let one client affect another."""
-
-
-class _Passing(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class StreamOptions(_Passing):
-    """``stream_options`` of a request."""
-
-    include_usage: bool = False
-
-
-class GenerationBody(_Passing):
-    """What chat and text completions have in common."""
-
-    prompt_field: ClassVar[str]
-
-    model: str
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-
-class ChatMessage(_Passing):
-    """One message of a conversation."""
-
-    role: str
-
-
-class ChatBody(GenerationBody):
-    """Body of ``POST /v1/chat/completions``."""
-
-    prompt_field = "messages"
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-
-
-class CompletionBody(GenerationBody):
-    """Body of ``POST /v1/completions``."""
-
-    prompt_field = "prompt"
-
-    prompt: str | list[Any]
+FORBIDDEN_FIELDS = (
+    *("cache_salt", "ec_transfer_params", "kv_transfer_params", "priority", "request_id"),
+    "vllm_xargs",
+)
+"""Extensions of vLLM that would let one client affect another; ``vllm_xargs`` can carry the transfers."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +26,15 @@ class Generation:
     """JSON for the engine. A stream always asks for usage, since the gateway counts tokens."""
 
 
-def parse_generation(raw: bytes, body_type: type[GenerationBody]) -> Generation:
+def parse_generation(raw: bytes, prompt_field: str) -> Generation:
     """Check a request body and prepare the one for the engine.
 
     The body is written anew rather than forwarded as it came, so that what was checked is what the
     engine reads, duplicate keys and all. Megabytes take tens of milliseconds: call it in a thread.
+
+    Args:
+        raw: the body as it came.
+        prompt_field: where the prompt is: ``messages`` in a chat, ``prompt`` in a text completion.
 
     Raises:
         InvalidRequest: not JSON, or a field has not the type it needs; ``param`` is the field's path.
@@ -81,22 +44,38 @@ def parse_generation(raw: bytes, body_type: type[GenerationBody]) -> Generation:
     for name in FORBIDDEN_FIELDS:
         if document.get(name) is not None:
             raise FieldNotAllowed(f"'{name}' cannot be set by clients.", param=name)
-    try:
-        body = body_type.model_validate(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        # a union adds the name of its branch to the path
-        path = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[any]"))
-        raise InvalidRequest(f"{path}: {first['msg']}", param=path) from None
-    client_wants_usage = body.stream_options is not None and body.stream_options.include_usage
-    if body.stream:
-        options = document.get("stream_options") or {}
+    _require(isinstance(document.get("model"), str), "model", "a string")
+    if prompt_field == "messages":
+        _check_messages(document.get("messages"))
+    else:
+        _require(isinstance(document.get("prompt"), str | list), "prompt", "a string or a list")
+    is_stream = document.get("stream")
+    _require(isinstance(is_stream, bool | None), "stream", "a boolean")
+    options = document.get("stream_options") or {}
+    _require(isinstance(options, dict), "stream_options", "an object")
+    wants_usage = options.get("include_usage")
+    _require(isinstance(wants_usage, bool | None), "stream_options.include_usage", "a boolean")
+    if is_stream:
         document["stream_options"] = {**options, "include_usage": True}
-    try:
-        encoded = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest("The body contains half of a surrogate pair (\\ud800 ...).") from None
-    return Generation(body.model, bool(body.stream), client_wants_usage, encoded)
+    return Generation(document["model"], bool(is_stream), bool(wants_usage), _write_json(document))
+
+
+def _check_messages(messages: Any) -> None:
+    _require(isinstance(messages, list) and messages != [], "messages", "a list of messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            _refuse(f"messages.{index}", "an object")
+        if not isinstance(message.get("role"), str):
+            _refuse(f"messages.{index}.role", "a string")
+
+
+def _require(is_right: bool, path: str, expected: str) -> None:
+    if not is_right:
+        _refuse(path, expected)
+
+
+def _refuse(path: str, expected: str) -> NoReturn:
+    raise InvalidRequest(f"{path}: expected {expected}.", param=path)
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
@@ -108,6 +87,8 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError:
         raise InvalidRequest("The body is not valid JSON: it is not UTF-8.") from None
+    except ValueError:  # thousands of digits
+        raise InvalidRequest("The body contains a number that is too large.") from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
     if not isinstance(document, dict):
@@ -117,3 +98,15 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequest(f"The body is not valid JSON: {name} is not a JSON number.")
+
+
+def _write_json(document: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("The body contains half of a surrogate pair (\\ud800 ...).") from None
+    except ValueError:  # 1e999 was read as infinity
+        raise InvalidRequest("The body contains a number that is too large.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING
 
 from sala_serve.errors import ClientDisconnected
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Send
 
 DONE = b"[DONE]"
+_BLANK_LINE = re.compile(rb"\n\r?\n")
 _PIECE_BYTES = 64 * 1024
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -25,11 +27,11 @@ async def split_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     """Yield each event or comment with its closing blank line; a torn last one is dropped."""
     buffer = bytearray()
     async for chunk in chunks:
-        searched = max(len(buffer) - 1, 0)
+        searched = max(len(buffer) - 3, 0)  # a blank line may be cut anywhere
         buffer += chunk
-        while (end := buffer.find(b"\n\n", searched)) >= 0:
-            yield bytes(buffer[: end + 2])
-            del buffer[: end + 2]
+        while found := _BLANK_LINE.search(buffer, searched):
+            yield bytes(buffer[: found.end()])
+            del buffer[: found.end()]
             searched = 0
 
 
@@ -49,6 +51,8 @@ class AnswerWriter:
         self._send_timeout_s = send_timeout_s
         self.is_started = False
         """Whether the status is on its way, so that it can no longer be an error's."""
+        self.is_json_started = False
+        """Whether it is the status of a whole answer, to which no error can be added either."""
 
     async def write_event(self, event: bytes) -> None:
         """Send one event of a stream, after the answer's head if it is the first."""
@@ -62,6 +66,7 @@ class AnswerWriter:
 
     async def write_json(self, body: bytes) -> None:
         """Send a whole answer that is not a stream."""
+        self.is_json_started = True
         await self._start(
             [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         )

@@ -50,6 +50,8 @@ class Behaviour:
     itl_s: float = 0.0
     """Between two tokens."""
     num_tokens: int = 3
+    num_padding_chars: int = 0
+    """Added to each token, to fill buffers soon."""
     num_prompt_tokens: int = 7
     num_cached_tokens: int = 4
     num_keep_alives: int = 0
@@ -118,7 +120,8 @@ class _Generate:
         answer = self._stream(body, send) if body.get("stream") else self._whole(send)
         journal.num_running += 1
         try:
-            is_complete = await RunningRequest().run(answer, receive)
+            async with RunningRequest() as running:
+                is_complete = await running.while_client_stays(answer, receive)
         except ClientDisconnected:
             journal.num_aborted += 1
         else:
@@ -172,7 +175,9 @@ class _Generate:
         return True
 
     def _words(self) -> list[str]:
-        return [f"word{index} " for index in range(self._engine.behaviour.num_tokens)]
+        behaviour = self._engine.behaviour
+        padding = "x" * behaviour.num_padding_chars
+        return [f"word{index} {padding}" for index in range(behaviour.num_tokens)]
 
     def _choice(self, text: str) -> dict[str, Any]:
         if self._kind == "chat.completion":

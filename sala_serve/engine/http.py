@@ -15,28 +15,25 @@ if TYPE_CHECKING:
 
     from sala_serve.config import GatewayConfig
 
-RETRY_AFTER_S = 5
 _MAX_ERROR_BYTES = 64 * 1024
 
 
 def engine_client(config: GatewayConfig) -> httpx.AsyncClient:
     """Build an HTTP client for the engine of ``config``."""
-    timeouts = config.engine_timeouts
     # a kept-alive connection may be closed by the engine just as we send on it; a new one costs
-    # microseconds on loopback and a POST of a prompt must not be sent twice
-    limits = httpx.Limits(
-        max_connections=config.max_engine_connections, max_keepalive_connections=0
-    )
+    # microseconds on loopback and a POST of a prompt must not be sent twice. Admission bounds their number
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     socket = None if config.engine_socket is None else str(config.engine_socket)
     return httpx.AsyncClient(
         base_url=config.engine_url,
         transport=httpx.AsyncHTTPTransport(uds=socket, limits=limits),
+        headers={"Accept-Encoding": "identity"},  # streams are relayed as they come
         timeout=httpx.Timeout(
-            connect=timeouts.connect_s,
-            write=timeouts.write_s,
-            read=timeouts.read_s,
-            pool=timeouts.pool_s,
+            config.engine_read_timeout_s,
+            connect=config.engine_connect_timeout_s,
+            write=config.engine_write_timeout_s,
         ),
+        follow_redirects=False,
     )
 
 
@@ -118,13 +115,7 @@ class _translated_errors:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         match error:
             case httpx.ConnectError() | httpx.ConnectTimeout():
-                raise EngineUnavailable(
-                    "The engine is not reachable.", retry_after_s=RETRY_AFTER_S
-                ) from error
-            case httpx.PoolTimeout():
-                raise EngineUnavailable(
-                    "Too many requests are running.", retry_after_s=RETRY_AFTER_S
-                ) from error
+                raise EngineUnavailable("The engine is not reachable.") from error
             case httpx.TimeoutException():
                 raise EngineTimeout("The engine did not answer in time.") from error
             case httpx.TransportError():

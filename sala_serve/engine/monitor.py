@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from sala_serve.engine.http import RETRY_AFTER_S
 from sala_serve.errors import EngineUnavailable, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sala_serve.telemetry.metrics import Metrics
+    from sala_serve.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +83,7 @@ class EngineMonitor:
     def require_ready(self) -> None:
         """Raise :class:`EngineUnavailable` unless the engine is ready."""
         if not self.status.is_ready:
-            raise EngineUnavailable(
-                f"The engine is not ready: {self.status.reason}.", retry_after_s=RETRY_AFTER_S
-            )
+            raise EngineUnavailable(f"The engine is not ready: {self.status.reason}.")
 
     def require_known(self) -> None:
         """Raise :class:`EngineUnavailable` if the engine has never told its models."""
@@ -127,10 +124,13 @@ class EngineMonitor:
 
     async def _models(self) -> tuple[ServedModel, ...]:
         response = await self._client.get("/v1/models", timeout=PROBE_TIMEOUT_S)
-        return tuple(
+        models = tuple(
             ServedModel(str(entry["id"]), entry.get("max_model_len"), int(entry.get("created", 0)))
             for entry in response.raise_for_status().json()["data"]
         )
+        if not models:
+            raise ValueError
+        return models
 
     def _set_ready(self, models: tuple[ServedModel, ...]) -> None:
         self.status = EngineStatus(is_ready=True, reason="", models=models)

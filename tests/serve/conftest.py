@@ -73,8 +73,10 @@ async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
     """Serve an application on each listening socket; they stop together."""
     servers = [_Server(app) for app in apps.values()]
     async with asyncio.TaskGroup() as group:
-        for server, listener in zip(servers, apps, strict=True):
+        serving = [
             group.create_task(server.serve(sockets=[listener]))
+            for server, listener in zip(servers, apps, strict=True)
+        ]
         while not all(server.started for server in servers):  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.002)
         try:
@@ -82,6 +84,8 @@ async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
         finally:
             for server in servers:
                 server.stop.set()
+            # also after a failure, which would cancel them with their connections open
+            await asyncio.wait(serving)
 
 
 @asynccontextmanager

@@ -24,8 +24,8 @@ def test_environment_beats_default_and_command_line_beats_environment():
     }
     config = load_gateway_config(env, port=9001, host=None, engine_url="http://e")
     assert (config.port, config.host, config.engine_url) == (9001, "::", "http://e")
-    assert config.engine_timeouts.read_s == 7.5
-    assert config.engine_timeouts.connect_s == GatewayConfig().engine_timeouts.connect_s
+    assert config.engine_read_timeout_s == 7.5
+    assert config.engine_connect_timeout_s == GatewayConfig().engine_connect_timeout_s
 
 
 def test_unknown_variable_is_an_error_that_lists_the_known_ones():

@@ -24,7 +24,7 @@ def test_codes_are_distinct():
 
 
 def test_body_has_openais_four_fields():
-    error = errors.EngineUnavailable("Wait.", retry_after_s=5)
+    error = errors.EngineUnavailable("Wait.")
     assert error.body() == {
         "error": {
             "message": "Wait.",
@@ -33,4 +33,4 @@ def test_body_has_openais_four_fields():
             "code": "engine_unavailable",
         }
     }
-    assert error.headers() == {"Retry-After": "5"}
+    assert error.response().headers["Retry-After"] == "5"

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from sala_serve.errors import ClientDisconnected, EngineLost, ShuttingDown
+from sala_serve.errors import ClientDisconnected, EngineLost, Overloaded, ShuttingDown
 from sala_serve.running import RunningRequest, RunningRequests
 
 
@@ -21,9 +21,11 @@ async def test_result_and_error_of_the_work_come_through():
     async def broken():
         raise EngineLost("gone") from OSError("why")
 
-    assert await RunningRequest().run(work(), silent_client) == 5
+    async with RunningRequest() as request:
+        assert await request.while_client_stays(work(), silent_client) == 5
     with pytest.raises(EngineLost) as caught:
-        await RunningRequest().run(broken(), silent_client)
+        async with RunningRequest() as request:
+            await request.while_client_stays(broken(), silent_client)
     assert isinstance(caught.value.__cause__, OSError)
 
 
@@ -32,7 +34,8 @@ async def test_timeout_of_the_work_is_its_own():
         raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        await RunningRequest().run(work(), silent_client)
+        async with RunningRequest() as request:
+            await request.while_client_stays(work(), silent_client)
 
 
 async def test_disconnect_cancels_the_work():
@@ -46,27 +49,29 @@ async def test_disconnect_cancels_the_work():
             was_cancelled = True
 
     with pytest.raises(ClientDisconnected):
-        await RunningRequest().run(work(), gone_client)
+        async with RunningRequest() as request:
+            await request.while_client_stays(work(), gone_client)
     assert was_cancelled
 
 
 async def test_drain_waits_for_the_running_and_refuses_the_new():
-    requests = RunningRequests()
-    with requests.admit():
+    requests = RunningRequests(2)
+    async with requests.admit():
         draining = asyncio.create_task(requests.drain(timeout_s=5))
         await asyncio.sleep(0)
-        with pytest.raises(ShuttingDown), requests.admit():
-            pass
+        with pytest.raises(ShuttingDown):
+            async with requests.admit():
+                pass
         assert not draining.done()
     assert await draining == 0
 
 
 async def test_drain_cuts_what_outlasts_it():
-    requests = RunningRequests()
+    requests = RunningRequests(2)
 
     async def serve():
-        with requests.admit() as request:
-            await request.run(asyncio.sleep(10), silent_client)
+        async with requests.admit():
+            await asyncio.sleep(10)
 
     serving = asyncio.create_task(serve())
     await asyncio.sleep(0)
@@ -74,3 +79,24 @@ async def test_drain_cuts_what_outlasts_it():
     with pytest.raises(ShuttingDown):
         await serving
     assert len(requests) == 0
+
+
+async def test_no_more_than_the_maximum_is_admitted():
+    requests = RunningRequests(1)
+    async with requests.admit():
+        with pytest.raises(Overloaded):
+            async with requests.admit():
+                pass
+    async with requests.admit():
+        assert len(requests) == 1
+
+
+async def test_second_cut_changes_nothing():
+    async def cut_twice():
+        async with RunningRequest() as request:
+            request.cut(ShuttingDown("first"))
+            request.cut(EngineLost("second"))
+            await asyncio.sleep(10)
+
+    with pytest.raises(ShuttingDown):
+        await cut_twice()

@@ -8,10 +8,14 @@ import os
 import re
 import signal
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import httpx
 import pytest
+
+from sala_serve import serving
+from sala_serve.__main__ import main
+from sala_serve.serving import MAX_HEAD_BYTES
 
 PATH = "/v1/chat/completions"
 REQUEST = {"model": "sala", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -179,6 +183,72 @@ async def test_up_refuses_a_checkpoint_that_is_not_sala(stub):
     assert it.err.startswith("sala-serve: error: mixer_types: supported are")
     assert len(it.err.splitlines()) == 1
     assert stub.pids() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--engine-url", "localhost:8001"), "argument --engine-url: expected a URL"),
+        (("--engine-url", "http://127.0.0.1:8001/v1"), "without /v1"),
+        (("--engine-url", "http://me:secret@h"), "without a user"),
+        (("--engine-url", "http://h", "--port", "x"), "argument --port: expected a port number"),
+        (("--engine-url", "http://h", "--host", "x" * 100), "cannot listen on"),
+    ],
+)
+def test_unusable_argument_is_one_clear_line(capsys, monkeypatch, arguments, message):
+    for name in [name for name in os.environ if name.startswith("SALA_")]:
+        monkeypatch.delenv(name)
+    try:
+        status = main(["gateway", *arguments])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("folder", ["missing", "x" * 100])
+async def test_unusable_temporary_folder_is_a_clear_error(stub, tmp_path, folder):
+    if folder != "missing":
+        (tmp_path / folder).mkdir()
+    env = {**stub.env("ok"), "TMPDIR": str(tmp_path / folder)}
+    if folder == "missing":  # then Python tries others: leave it none
+        env["PYTHONPATH"] += os.pathsep + str(tmp_path)
+        (tmp_path / "sitecustomize.py").write_text(
+            "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/dev/null/x']\n"
+        )
+    async with sala_serve("up", str(stub.checkpoint), env=env) as it:
+        assert await it.exit_status() == 2
+    assert "set TMPDIR" in it.err
+    assert len(it.err.splitlines()) == 1
+
+
+async def test_head_of_a_request_is_bounded(stack):
+    host, port = stack.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ")
+    with suppress(ConnectionError):
+        for _ in range(2 * MAX_HEAD_BYTES // 65536):
+            writer.write(b"a" * 65536)
+            await writer.drain()
+            await asyncio.sleep(0)
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    assert (await stack.http.get("/healthz", headers={"X": "a" * 100_000})).status_code == 200
+
+
+async def test_head_that_does_not_end_is_given_up(stack, monkeypatch):
+    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.1)
+    host, port = stack.url.removeprefix("http://").split(":")
+    for start in (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /he"):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(start)
+        async with asyncio.timeout(20):
+            answer = await reader.read()
+        assert answer.count(b"HTTP/1.1 200") == start.count(b"healthz")
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_port_in_use_is_a_clear_error(stub, fake_engine):

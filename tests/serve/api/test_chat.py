@@ -131,8 +131,8 @@ async def test_hang_up_in_the_middle_of_a_stream_aborts_in_the_engine(start_stac
 
 @pytest.mark.parametrize("is_stream", [True, False])
 async def test_client_that_reads_nothing_is_cut_off(start_stack, eventually, is_stream):
-    num_tokens = 200_000 if is_stream else 2_000_000
-    async with start_stack(Behaviour(num_tokens=num_tokens), send_timeout_s=0.2) as stack:
+    behaviour = Behaviour(num_tokens=200, num_padding_chars=100_000)
+    async with start_stack(behaviour, send_timeout_s=0.2) as stack:
         host, port = stack.url.removeprefix("http://").split(":")
         body = json.dumps({**REQUEST, "stream": is_stream}).encode()
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -148,10 +148,7 @@ async def test_client_that_reads_nothing_is_cut_off(start_stack, eventually, is_
 
 
 async def test_request_goes_unanswered_for_longer_than_the_read_timeout(start_stack):
-    from sala_serve.config import EngineTimeouts
-
-    timeouts = EngineTimeouts(read_s=0.2)
-    async with start_stack(Behaviour(ttft_s=60), engine_timeouts=timeouts) as stack:
+    async with start_stack(Behaviour(ttft_s=60), engine_read_timeout_s=0.2) as stack:
         response = await stack.http.post(PATH, json=REQUEST)
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "engine_timeout"

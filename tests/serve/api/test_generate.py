@@ -39,6 +39,16 @@ async def test_unknown_model_is_refused_before_the_engine_sees_the_prompt(stack)
             "stream_options.include_usage",
             "invalid_request",
         ),
+        (json.dumps({**REQUEST, "messages": [5]}), "messages.0", "invalid_request"),
+        (json.dumps({**REQUEST, "messages": "Hi"}), "messages", "invalid_request"),
+        (json.dumps({**REQUEST, "stream_options": 5}), "stream_options", "invalid_request"),
+        ('{"seed": %s}' % ("1" * 5000), None, "invalid_request"),
+        (
+            '{"model": "sala", "messages": [{"role": "user"}], "seed": 1e999}',
+            None,
+            "invalid_request",
+        ),
+        (json.dumps({**REQUEST, "vllm_xargs": {"a": 1}}), "vllm_xargs", "field_not_allowed"),
         (json.dumps({**REQUEST, "priority": -5}), "priority", "field_not_allowed"),
         (json.dumps({**REQUEST, "cache_salt": "x"}), "cache_salt", "field_not_allowed"),
         (
@@ -89,12 +99,14 @@ async def test_engine_failure_tells_the_client_nothing_of_its_inside(stack):
     }
 
 
-async def test_bug_in_the_gateway_is_a_shaped_500(stack, monkeypatch):
+async def test_bug_in_the_gateway_is_a_shaped_500(stack, monkeypatch, caplog):
     monkeypatch.setattr(stack.gateway.monitor, "require_ready", lambda: 1 / 0)
-    response = await stack.http.post(PATH, json=REQUEST)
+    response = await stack.http.post(PATH, json=REQUEST, headers={"X-Request-Id": "bug1"})
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
+    assert response.headers["X-Request-Id"] == "bug1"
     assert "ZeroDivision" not in response.text
+    assert "bug1 /v1/chat/completions failed" in caplog.text
     labels = {"endpoint": PATH, "status": "500"}
     assert await stack.metric("sala_gateway_requests_total", **labels) == 1
 
@@ -109,6 +121,56 @@ async def test_slow_upload_times_out(start_stack):
         response = await stack.http.post(PATH, content=body())
         assert response.status_code == 408
         assert response.json()["error"]["code"] == "upload_timeout"
+
+
+async def test_upload_in_drops_does_not_hold_its_place_for_ever(start_stack):
+    async with start_stack(upload_timeout_s=0.3) as stack:
+
+        async def body():
+            for _ in range(40):
+                yield b" "
+                await asyncio.sleep(0.05)
+
+        response = await stack.http.post(PATH, content=body())
+        assert response.status_code == 408
+
+
+async def test_compressed_body_is_refused_in_words(stack):
+    headers = {"Content-Encoding": "gzip"}
+    response = await stack.http.post(PATH, content=b"\x1f\x8b", headers=headers)
+    assert response.status_code == 400
+    assert "Content-Encoding" in response.json()["error"]["message"]
+
+
+async def test_requests_above_the_maximum_are_refused_before_their_body_is_read(
+    start_stack, eventually
+):
+    async with start_stack(Behaviour(ttft_s=60), max_running_requests=1) as stack:
+        running = asyncio.create_task(stack.http.post(PATH, json=REQUEST))
+        await eventually(lambda: stack.engine.journal.num_running == 1)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await stack.client.chat.completions.create(model="sala", messages=MESSAGES)
+        assert caught.value.code == "overloaded"
+        assert caught.value.response.headers["Retry-After"] == "5"
+        stack.gateway.running.cut_all()
+        assert (await running).json()["error"]["code"] == "shutting_down"
+
+
+async def test_request_that_still_uploads_can_be_cut(start_stack, eventually):
+    async with start_stack() as stack:
+        is_open = asyncio.Event()
+
+        async def body():
+            yield b'{"model":'
+            await is_open.wait()
+
+        uploading = asyncio.create_task(stack.http.post(PATH, content=body()))
+        await eventually(lambda: len(stack.gateway.running) == 1)
+        assert await stack.gateway.running.drain(timeout_s=0.01) == 1
+        await eventually(lambda: len(stack.gateway.running) == 0)
+        is_open.set()
+        response = await uploading
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
 
 
 async def test_only_known_headers_reach_the_engine(stack):
@@ -160,3 +222,32 @@ async def test_no_prompt_reaches_the_log(stack, caplog):
         await stack.http.post(PATH, json={**body, "stream": True})
     assert "prompt_tokens=7 cached_tokens=4 completion_tokens=3" in caplog.text
     assert secret not in caplog.text
+
+
+async def test_stated_length_above_the_limit_is_refused(start_stack):
+    async with start_stack(max_body_bytes=1000) as stack:
+        with pytest.raises(openai.APIStatusError) as caught:
+            await stack.client.chat.completions.create(
+                model="sala", messages=[{"role": "user", "content": "x" * 2_000_000}]
+            )
+    assert caught.value.status_code == 413
+    assert caught.value.code == "body_too_large"
+
+
+async def test_unstated_length_is_counted(start_stack):
+    async def body():
+        for _ in range(20):
+            yield b" " * 100
+
+    async with start_stack(max_body_bytes=1000) as stack:
+        response = await stack.http.post(PATH, content=body())
+        labels = {"endpoint": PATH, "status": "413"}
+        assert await stack.metric("sala_gateway_requests_total", **labels) == 1
+    assert response.status_code == 413
+
+
+async def test_body_at_the_limit_is_accepted(start_stack):
+    body = b'{"model": "sala", "messages": [{"role": "user"}]}'
+    async with start_stack(max_body_bytes=len(body)) as stack:
+        assert (await stack.http.post(PATH, content=body)).status_code == 200
+        assert (await stack.http.post(PATH, content=body + b" ")).status_code == 413

@@ -13,4 +13,7 @@ async def test_events_are_found_however_the_stream_is_cut(num_bytes):
     data = 'data: {"a": "中"}\n\n: keep-alive\n\ndata: [DONE]\n\ndata: torn'.encode()
     events = [event async for event in split_events(chunked(data, num_bytes))]
     assert b"".join(events) == data.removesuffix(b"data: torn")
+    crlf = data.replace(b"\n", b"\r\n")
+    events_crlf = [event async for event in split_events(chunked(crlf, num_bytes))]
+    assert [event_data(event) for event in events_crlf] == [event_data(event) for event in events]
     assert [event_data(event) for event in events] == ['{"a": "中"}'.encode(), None, b"[DONE]"]

@@ -3,7 +3,7 @@ import pytest
 
 from sala_serve.engine.monitor import EngineMonitor
 from sala_serve.errors import EngineUnavailable, ModelNotFound
-from sala_serve.telemetry.metrics import Metrics
+from sala_serve.telemetry import Metrics
 
 MODELS = {"data": [{"id": "m", "created": 5, "max_model_len": 100}]}
 
@@ -69,7 +69,7 @@ async def test_late_answers_are_forgiven_until_the_engine_counts_as_stuck():
     assert engine.monitor.status.is_ready
 
 
-@pytest.mark.parametrize("models", [{}, {"data": None}, {"data": [{}]}, []])
+@pytest.mark.parametrize("models", [{}, {"data": None}, {"data": []}, {"data": [{}]}, []])
 async def test_unreadable_models_are_not_ready(models):
     engine = Engine()
     engine.models = models

@@ -54,6 +54,11 @@ def test_validation_error_keeps_the_path_and_drops_the_input():
         (500, "something", "engine_error"),
         (500, "EngineCore encountered an issue.", "engine_lost"),
         (503, "The engine is currently busy", "engine_unavailable"),
+        (429, "Slow down", "engine_unavailable"),
+        (401, "Unauthorized", "engine_error"),
+        (302, "", "engine_error"),
+        (204, "", "engine_error"),
+        (404, "", "engine_error"),
     ],
 )
 def test_status_decides_the_rest(status, message, code):
@@ -66,3 +71,8 @@ def test_status_decides_the_rest(status, message, code):
 def test_unreadable_bodies_are_errors_too(body):
     assert error_from_vllm(500, body, prompt_field="prompt").code == "engine_error"
     assert error_from_vllm(400, body, prompt_field="prompt").code == "invalid_request"
+
+
+def test_path_does_not_name_the_engines_classes():
+    error = translate(400, "wrong", "body.messages.0.ChatCompletionDeveloperMessageParam.content")
+    assert error.param == "messages.0.content"

@@ -1,1 +1,0 @@
-"""What the gateway reports about itself."""
