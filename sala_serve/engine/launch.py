@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,7 +14,17 @@ from sala_serve.config import PREFIX, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-CPU_KV_CACHE_GIB = 4
+CPU_KV_CACHE_BYTES = 1 << 30
+"""334,000 tokens of the demo model; an engine then takes 2.5 GiB, which leaves room on a laptop of 8."""
+_KV_CACHE_SIZE_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
+_PROCESS_LAYOUT_FLAGS = (
+    *("--data-parallel-size", "--distributed-executor-backend", "--pipeline-parallel-size"),
+    *("--tensor-parallel-size", "-dp", "-pp", "-tp"),
+)
+_PROCESS_LAYOUT_VARIABLES = (
+    *("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"),
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+)
 KEEP_ALIVE_S = 15
 """Silence on a stream after which vLLM sends a comment; proxies cut idle connections after 30 to 60 s."""
 RESERVED_FLAGS = (
@@ -64,8 +75,17 @@ def runs_on_gpu(driver: Path = Path("/dev/nvidiactl")) -> bool:
 
 def reserved_flag(extra: Sequence[str]) -> str | None:
     """Return the first of ``extra`` that users may not set, if any."""
-    names = (argument.partition("=")[0].replace("_", "-") for argument in extra)
-    return next((name for name in names if name in RESERVED_FLAGS), None)
+    return next((name for name in _names(extra) if name in RESERVED_FLAGS), None)
+
+
+def num_physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return how many cores this process may use; two threads of one core count once."""
+    cpus = os.sched_getaffinity(0)
+    try:
+        siblings = {(topology / f"cpu{n}/topology/thread_siblings_list").read_text() for n in cpus}
+    except OSError:  # some containers hide it
+        return len(cpus)
+    return len(siblings)
 
 
 def engine_command(
@@ -76,7 +96,8 @@ def engine_command(
     Args:
         options: the user's choices.
         socket: where the engine will listen; no other user of the machine needs to reach it.
-        on_gpu: else what starts fastest on a CPU is chosen: float32, no compilation, a small cache.
+        on_gpu: else what suits a small machine is chosen: float32, no compilation, a small cache, the
+            model in the scheduler's process (docs/decisions/0004-one-engine-process-on-a-cpu.md).
         env: environment to start from; what it sets for vLLM wins.
     """
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(options.model)]
@@ -92,5 +113,21 @@ def engine_command(
     engine_env = {name: value for name, value in env.items() if not name.startswith(PREFIX)}
     if not on_gpu:
         argv.append("--enforce-eager")
-        engine_env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
+        names = _names(options.extra)
+        # the variable, where set, wins over the flag
+        if not any(name in _KV_CACHE_SIZE_FLAGS for name in names):
+            argv += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
+        if not (
+            (options.tensor_parallel_size or 1) > 1
+            or any(name in _PROCESS_LAYOUT_FLAGS for name in names)
+            or any(name in engine_env for name in _PROCESS_LAYOUT_VARIABLES)
+        ):
+            argv += ["--distributed-executor-backend", "uni"]
+            engine_env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            engine_env.setdefault("OMP_NUM_THREADS", str(num_physical_cores()))
+            engine_env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return EngineCommand((*argv, *options.extra), engine_env)
+
+
+def _names(extra: Sequence[str]) -> list[str]:
+    return [argument.partition("=")[0].replace("_", "-") for argument in extra]

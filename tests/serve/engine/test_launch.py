@@ -4,7 +4,12 @@ import pytest
 
 from sala_serve.config import ConfigError
 from sala_serve.engine import launch
-from sala_serve.engine.launch import EngineOptions, engine_command, reserved_flag
+from sala_serve.engine.launch import (
+    EngineOptions,
+    engine_command,
+    num_physical_cores,
+    reserved_flag,
+)
 
 SOCKET = Path("/run/engine.sock")
 
@@ -18,18 +23,59 @@ def value(argv, flag):
     return argv[argv.index(flag) + 1]
 
 
-def test_cpu_gets_what_starts_fastest():
+def test_cpu_gets_what_suits_a_small_machine():
     it = command()
     assert value(it.argv, "--dtype") == "float32"
     assert "--enforce-eager" in it.argv
-    assert it.env["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert value(it.argv, "--kv-cache-memory-bytes") == str(1 << 30)
+    assert value(it.argv, "--distributed-executor-backend") == "uni"
+    assert it.env == {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(num_physical_cores()),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"tensor_parallel_size": 2},
+        {"extra": ["-tp", "2"]},
+        {"extra": ["--distributed_executor_backend=mp"]},
+        {"env": {"VLLM_CPU_OMP_THREADS_BIND": "0-3"}},
+    ],
+)
+def test_users_process_layout_is_left_alone(choice):
+    it = command(**choice)
+    assert "uni" not in it.argv
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in it.env
+    assert "OMP_NUM_THREADS" not in it.env
+
+
+@pytest.mark.parametrize(
+    "extra", [["--kv-cache-memory-bytes=8G"], ["--gpu-memory-utilization", "0.5"]]
+)
+def test_users_cache_size_is_left_alone(extra):
+    it = command(extra=extra)
+    assert sum("memory" in argument for argument in it.argv) == 1
+
+
+def test_threads_of_one_core_count_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _pid: {0, 1, 2, 3})
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings)
+    assert num_physical_cores(tmp_path) == 2
+    assert num_physical_cores(tmp_path / "hidden") == 4
 
 
 def test_gpu_gets_vllms_own_defaults():
     it = command(on_gpu=True)
     assert "--dtype" not in it.argv
     assert "--enforce-eager" not in it.argv
-    assert "VLLM_CPU_KVCACHE_SPACE" not in it.env
+    assert "--kv-cache-memory-bytes" not in it.argv
+    assert it.env == {}
 
 
 def test_users_choices_win():
