@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -127,6 +129,8 @@ class Terminal:
 
     def converse(self) -> None:
         """Ask questions read from the terminal until end of file."""
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its editing keys and history
         self._notes.print(f"{self._model} | Ctrl-C stops an answer, Ctrl-D ends", style="dim")
         while True:
             try:
@@ -154,10 +158,16 @@ class Terminal:
         first_at_s: float | None = None
         parts: list[str] = []
         usage: dict[str, Any] = {}
-        status = self._notes.status("reading the prompt")
-        if self._notes.is_terminal:
-            status.start()
+        waiting = Progress(
+            SpinnerColumn(),
+            TextColumn("reading the prompt, {task.elapsed:.0f} s"),
+            console=self._notes,
+            transient=True,
+            disable=not self._notes.is_terminal,
+        )
+        waiting.add_task("")
         try:
+            waiting.start()
             for chunk in self._client.stream(body):
                 usage = chunk.get("usage") or usage
                 text = "".join(
@@ -167,12 +177,12 @@ class Terminal:
                     continue
                 if first_at_s is None:
                     first_at_s = time.monotonic()
-                    status.stop()
+                    waiting.stop()
                 parts.append(text)
                 sys.stdout.write(text)
                 sys.stdout.flush()
         finally:
-            status.stop()
+            waiting.stop()
             if parts:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
