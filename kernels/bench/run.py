@@ -54,6 +54,8 @@ ENGINE_REPEATS = {1024: 7, 4096: 5, 16384: 3}
 """Prompt tokens and how often they are served."""
 STEP_TOKENS = 2048
 """New tokens of a prefill step, the last of a prompt."""
+THREADS = 1
+"""More would wait for each other wherever the machine does anything else."""
 MIN_TIMED_S = 0.005
 """An operator faster than this is repeated within one measurement."""
 BOUND = 2e-6
@@ -309,6 +311,7 @@ class EngineProcess:
 
     def __init__(self, overrides: dict[str, Any]) -> None:
         environment = os.environ | {
+            "OMP_NUM_THREADS": str(THREADS),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "ERROR",
@@ -415,7 +418,7 @@ def conditions() -> dict[str, Any]:
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     cpu = found[1] if found else platform.machine()
     return {
-        "device": f"{cpu}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads",
+        "device": f"{cpu}, {len(os.sched_getaffinity(0))} cores, {THREADS} thread",
         "versions": {"torch": torch.__version__, "vllm": version("vllm")},
         "commit": (read.stdout.strip() or "unknown") + ("+changes" if changed.returncode else ""),
         "seed": SEED,
@@ -472,6 +475,7 @@ def main(arguments: list[str]) -> int:
         serve_measurements(options.engine)
         return 0
     torch.manual_seed(SEED)
+    torch.set_num_threads(THREADS)
     try:
         with torch.inference_mode():
             for measured in run(all_cases(), with_engine=True):
