@@ -99,7 +99,7 @@ async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> Asy
     gateway = Gateway.create(GatewayConfig(**config))
     async with (
         _serve({engine_listener: engine.app, listener: build_app(gateway)}),
-        httpx.AsyncClient(base_url=url, timeout=10) as http,
+        httpx.AsyncClient(base_url=url, timeout=10, verify=False) as http,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, http_client=http) as client,
     ):
         if engine.behaviour.health_status == 200:

@@ -75,7 +75,7 @@ async def behind_gateway(fake_engine, eventually):
         arguments = ("gateway", "--engine-url", engine_url, "--port", "0")
         async with sala_serve(*arguments, env=env) as it:
             await eventually(lambda: "Ready after" in it.out)
-            async with httpx.AsyncClient(base_url=it.url, timeout=20) as http:
+            async with httpx.AsyncClient(base_url=it.url, timeout=20, verify=False) as http:
                 yield engine, it, http
 
     return start

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+from contextlib import suppress
+from pathlib import Path
+from random import Random
 
 import openai
 import pytest
@@ -127,7 +130,7 @@ async def test_upload_in_drops_does_not_hold_its_place_for_ever(start_stack):
     async with start_stack(upload_timeout_s=0.3) as stack:
 
         async def body():
-            for _ in range(40):
+            for _ in range(12):
                 yield b" "
                 await asyncio.sleep(0.05)
 
@@ -251,3 +254,63 @@ async def test_body_at_the_limit_is_accepted(start_stack):
     async with start_stack(max_body_bytes=len(body)) as stack:
         assert (await stack.http.post(PATH, content=body)).status_code == 200
         assert (await stack.http.post(PATH, content=body + b" ")).status_code == 413
+
+
+async def test_client_retries_what_passes_and_nothing_else(start_stack):
+    async with start_stack(Behaviour(health_status=503), engine_read_timeout_s=0.2) as stack:
+        client = stack.client.with_options(max_retries=1)
+        waits_s = []
+
+        async def note_wait(delay_s):
+            waits_s.append(delay_s)
+
+        client._sleep_for_retry = lambda **how: note_wait(
+            client._calculate_retry_timeout(2, how["options"], how["response"].headers)
+        )
+        with pytest.raises(openai.InternalServerError):
+            await client.chat.completions.create(model="sala", messages=MESSAGES)
+        assert waits_s == [5.0]  # Retry-After
+        stack.engine.behaviour.health_status, stack.engine.behaviour.ttft_s = 200, 60
+        await stack.gateway.monitor.wait_ready()
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.chat.completions.create(model="sala", messages=MESSAGES)
+        assert caught.value.code == "engine_timeout"
+        assert len(stack.engine.journal.bodies) == 1
+
+
+def num_open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_clients_that_leave_at_any_moment_leave_nothing_behind(start_stack, eventually):
+    random = Random(5)
+
+    async def ask(url):
+        body = json.dumps({**REQUEST, "stream": random.random() < 0.5}).encode()
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        message = head.encode() + body
+        num_bytes = random.choice([10, len(message) - 9, len(message)])
+        writer.write(message[:num_bytes])
+        with suppress(ConnectionError):
+            await asyncio.sleep(random.choice([0, 0.005, 0.03]))
+            if num_bytes == len(message) and random.random() < 0.5:
+                await reader.read(1)
+            writer.close()
+            await writer.wait_closed()
+
+    async with start_stack(Behaviour(ttft_s=0.01, itl_s=0.005)) as stack:
+        num_files, num_tasks = [], []
+        for _ in range(3):
+            async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+                for _ in range(50):
+                    group.create_task(ask(stack.url))
+            await eventually(lambda: len(stack.gateway.running) == 0)
+            await eventually(lambda: stack.engine.journal.num_running == 0)
+            await stack.http.get("/healthz")
+            num_files.append(num_open_files())
+            num_tasks.append(len(asyncio.all_tasks()))
+        assert num_files[2] <= num_files[0] + 4, num_files
+        assert num_tasks[2] <= num_tasks[0] + 4, num_tasks
+        name = "sala_gateway_requests_in_flight"
+        assert await stack.metric(name, endpoint=PATH) == 0
