@@ -237,8 +237,11 @@ def test_an_override_changes_its_field_and_the_digest_alone() -> None:
     assert recipe.digest() == before != changed.digest()
 
 
-def test_the_tiny_recipe_reaches_its_selection() -> None:
-    recipe = tiny()
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_ends_with_blocks_that_are_chosen_and_blocks_that_are_not(name: str) -> None:
+    recipe = RECIPES[name]()
     sparse = SalaSpec.from_config(recipe.model).sparse
-    stage = recipe.stages[-1]
-    assert stage.length_tokens > max(sparse.dense_len, 64 * sparse.num_selected_blocks)
+    num_forced = sparse.init_blocks + sparse.local_blocks + 1
+    num_blocks = recipe.stages[-1].length_tokens // 64
+    assert num_forced < sparse.num_selected_blocks < num_blocks
+    assert sparse.dense_len < recipe.stages[-1].length_tokens

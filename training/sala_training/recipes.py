@@ -89,7 +89,7 @@ def tiny() -> Recipe:
     model = demo_model() | small | heads | {"mixer_types": [kind.value for kind in mixers]}
     model["sparse_config"] = model["sparse_config"] | {
         "window_size": 64,
-        "topk": 2,
+        "topk": 3,
         "dense_len": 128,
     }
     return Recipe(

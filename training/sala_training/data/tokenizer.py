@@ -110,7 +110,8 @@ def save(tokenizer: Tokenizer, folder: Path, max_length_tokens: int = 1 << 20) -
 
 def load(folder: Path) -> Tokenizer:
     """Return the tokenizer of a folder written by :func:`save`."""
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # not from_file: it reports a missing file as a bare Exception that does not name it
+    return Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=1)
