@@ -163,9 +163,7 @@ def test_r_character_vectors_are_read_from_an_rdb(tmp_path: Path) -> None:
 
 def test_pages_that_are_not_english_are_left_out() -> None:
     assert corpus.is_english("This is the page that you can read, and it is in the language of us.")
-    assert not corpus.is_english(
-        "Dies ist eine Seite, die man nur auf Deutsch lesen kann, sonst nicht."
-    )
+    assert not corpus.is_english("Diese Seite kann man nur auf Deutsch lesen, sonst leider nicht.")
     assert not corpus.is_english("0x00 0x01 ---")
 
 
