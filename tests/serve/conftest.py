@@ -70,7 +70,7 @@ class _Server(GatewayServer):
 
 @asynccontextmanager
 async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
-    """Serve an application on each listening socket; they stop together."""
+    """Serve an application on each listening socket; the last stops first."""
     servers = [_Server(app) for app in apps.values()]
     async with asyncio.TaskGroup() as group:
         serving = [
@@ -82,10 +82,15 @@ async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            for server in servers:
+            # one after the other: a probe that reaches an engine which stops would find nobody to close
+            # it. Waited for also after a failure, which would cancel them with their connections open
+            for server, task in reversed(list(zip(servers, serving, strict=True))):
                 server.stop.set()
-            # also after a failure, which would cancel them with their connections open
-            await asyncio.wait(serving)
+                await asyncio.wait({task})
+                for _ in range(
+                    10
+                ):  # the loop takes a few rounds to make and close a new connection
+                    await asyncio.sleep(0)
 
 
 @asynccontextmanager
