@@ -13,11 +13,11 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from sala_serve.config import ChatConfig
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-    from sala_serve.config import ChatConfig
 
 TIMEOUT = httpx.Timeout(connect=5.0, write=60.0, read=3600.0, pool=5.0)
 """The server may be silent for minutes while it reads a long prompt."""
@@ -136,12 +136,16 @@ class Terminal:
             try:
                 question = input("> ").strip()
             except EOFError:
+                self._notes.print()
                 return
+            except KeyboardInterrupt:  # as in a shell: a new line
+                self._notes.print()
+                continue
             try:
                 if question:
                     self.ask(question)
             except KeyboardInterrupt:
-                self._notes.print("\nstopped", style="dim")
+                self._notes.print("stopped", style="dim")
             except ChatError as error:
                 self._notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
 
@@ -206,6 +210,8 @@ def run(
     """Run ``sala-serve chat`` and return its exit status."""
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     try:
+        if not config.url.startswith(("http://", "https://")):
+            raise ChatError(f"expected a URL such as {ChatConfig.url}, got {config.url!r}")
         context = read_context(paths)
         with httpx.Client(base_url=config.url, headers=headers, timeout=TIMEOUT) as http:
             client = ChatClient(http)
@@ -218,7 +224,10 @@ def run(
             if prompt is None and sys.stdin.isatty():
                 terminal.converse()
             else:
-                terminal.ask(sys.stdin.read() if prompt is None else prompt)
+                question = sys.stdin.read() if prompt is None else prompt
+                if not question.strip():
+                    raise ChatError("the question is empty")
+                terminal.ask(question)
     except ChatError as error:
         print(f"sala-serve: error: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import pty
 import sys
+import termios
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -60,13 +63,17 @@ async def test_question_comes_from_a_pipe_and_files_go_before_it(stack, tmp_path
     )
 
 
-async def test_conversation_in_a_terminal_remembers_what_was_said(stack, eventually):
+@asynccontextmanager
+async def terminal(*arguments):
+    """The client in a terminal: its process, what is shown so far, a function that types."""
     primary, secondary = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sala_serve", "chat", "--url", stack.url),
+        *(sys.executable, "-m", "sala_serve", "chat", *arguments),
         stdin=secondary,
         stdout=secondary,
         stderr=secondary,
+        # Ctrl-C reaches those whose terminal it is
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
     )
     os.close(secondary)
     loop = asyncio.get_running_loop()
@@ -79,16 +86,26 @@ async def test_conversation_in_a_terminal_remembers_what_was_said(stack, eventua
             loop.remove_reader(primary)
 
     loop.add_reader(primary, read)
-    await eventually(lambda: b"> " in shown)
-    os.write(primary, b"First?\n")
-    await eventually(lambda: shown.count(b"tokens/s") == 1 and shown.endswith(b"> "))
-    os.write(primary, b"Second?\n")
-    await eventually(lambda: shown.count(b"tokens/s") == 2 and shown.endswith(b"> "))
-    os.write(primary, b"\x04")
-    async with asyncio.timeout(10):
-        assert await process.wait() == 0
-    loop.remove_reader(primary)
-    os.close(primary)
+    try:
+        yield process, shown, lambda text: os.write(primary, text)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        loop.remove_reader(primary)
+        os.close(primary)
+
+
+async def test_conversation_in_a_terminal_remembers_what_was_said(stack, eventually):
+    async with terminal("--url", stack.url) as (process, shown, write):
+        await eventually(lambda: b"> " in shown)
+        write(b"First?\n")
+        await eventually(lambda: shown.count(b"tokens/s") == 1 and shown.endswith(b"> "))
+        write(b"Second?\n")
+        await eventually(lambda: shown.count(b"tokens/s") == 2 and shown.endswith(b"> "))
+        write(b"\x04")
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
     _, body = stack.engine.journal.bodies
     assert [message["content"] for message in body["messages"]] == [
         "First?",
@@ -103,6 +120,43 @@ async def test_no_server_is_one_clear_line():
     assert err == (
         "sala-serve: error: no server at http://127.0.0.1:9; start one with: sala-serve up MODEL\n"
     )
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost"])
+async def test_url_without_scheme_is_one_clear_line(url):
+    status, _, err = await chat("--url", url, "Hi")
+    expected = f"expected a URL such as http://127.0.0.1:8000, got '{url}'"
+    assert (status, err) == (1, f"sala-serve: error: {expected}\n")
+
+
+async def test_empty_question_is_not_sent(stack):
+    status, _, err = await chat("--url", stack.url, stdin=b"\n")
+    assert (status, err) == (1, "sala-serve: error: the question is empty\n")
+    assert stack.engine.journal.bodies == []
+
+
+async def test_ctrl_c_stops_the_answer_not_the_conversation(start_stack, eventually):
+    async with (
+        start_stack(Behaviour(num_tokens=1000, itl_s=0.05)) as stack,
+        terminal("--url", stack.url) as (process, shown, write),
+    ):
+        await eventually(lambda: b"> " in shown)
+        write(b"First?\n")
+        await eventually(lambda: b"word1 " in shown)
+        write(b"\x03")
+        await eventually(lambda: b"stopped" in shown and shown.endswith(b"> "))
+        await eventually(lambda: stack.engine.journal.num_aborted == 1)
+        stack.engine.behaviour.num_tokens = 1
+        write(b"half a quest")
+        await eventually(lambda: shown.endswith(b"half a quest"))
+        write(b"\x03")
+        await eventually(lambda: shown.endswith(b"> "))
+        write(b"Second?\n")
+        await eventually(lambda: b"tokens/s" in shown and shown.endswith(b"> "))
+        write(b"\x04")
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
+    assert [m["content"] for m in stack.engine.journal.bodies[-1]["messages"]] == ["Second?"]
 
 
 async def test_too_long_prompt_shows_the_servers_message(stack):
