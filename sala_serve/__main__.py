@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import shlex
 import sys
 import tempfile
@@ -136,6 +137,9 @@ def _serve(gateway: Gateway, listener: socket.socket, supervisor: EngineSupervis
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a probe
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    # a request has two sockets; at the usual 1024 the gateway could not even ask whether the engine lives
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     logger.info("listening on %s, %r", url, gateway.config)
     started_at_s = gateway.clock()
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import sys
 from contextlib import asynccontextmanager, suppress
@@ -128,6 +129,17 @@ async def test_second_signal_cuts_at_once(behind_gateway, eventually):
             response = await posting
         assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
         assert await it.exit_status() == 0
+
+
+async def test_every_request_may_have_its_two_sockets(behind_gateway):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))  # children inherit it
+    try:
+        async with behind_gateway() as (_, it, _):
+            limit = resource.prlimit(it.process.pid, resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert limit == (hard, hard)
 
 
 async def test_up_answers_at_once_becomes_ready_and_prints_a_curl_line_that_works(stub, eventually):
