@@ -27,7 +27,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(3, 499, (length,), generator=generator).tolist()
 
 
-@pytest.mark.parametrize("step_tokens", [8192, 100, 64])
+@pytest.mark.parametrize("step_tokens", [8192, 2048, 100, 64])
 def test_in_steps_of(
     step_tokens: int, engine: Engine, oracle: Oracle, prompts: list[list[int]]
 ) -> None:
