@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -109,7 +109,10 @@ class _Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        body = await request.json()
+        try:
+            body = await request.json()
+        except ClientDisconnect:
+            return
         journal, behaviour = self._engine.journal, self._engine.behaviour
         journal.bodies.append(body)
         journal.headers.append(dict(request.headers))

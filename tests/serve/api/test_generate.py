@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-from contextlib import suppress
-from pathlib import Path
-from random import Random
 
 import openai
 import pytest
@@ -276,41 +273,3 @@ async def test_client_retries_what_passes_and_nothing_else(start_stack):
             await client.chat.completions.create(model="sala", messages=MESSAGES)
         assert caught.value.code == "engine_timeout"
         assert len(stack.engine.journal.bodies) == 1
-
-
-def num_open_files():
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-async def test_clients_that_leave_at_any_moment_leave_nothing_behind(start_stack, eventually):
-    random = Random(5)
-
-    async def ask(url):
-        body = json.dumps({**REQUEST, "stream": random.random() < 0.5}).encode()
-        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
-        message = head.encode() + body
-        num_bytes = random.choice([10, len(message) - 9, len(message)])
-        writer.write(message[:num_bytes])
-        with suppress(ConnectionError):
-            await asyncio.sleep(random.choice([0, 0.005, 0.03]))
-            if num_bytes == len(message) and random.random() < 0.5:
-                await reader.read(1)
-            writer.close()
-            await writer.wait_closed()
-
-    async with start_stack(Behaviour(ttft_s=0.01, itl_s=0.005)) as stack:
-        num_files, num_tasks = [], []
-        for _ in range(3):
-            async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-                for _ in range(50):
-                    group.create_task(ask(stack.url))
-            await eventually(lambda: len(stack.gateway.running) == 0)
-            await eventually(lambda: stack.engine.journal.num_running == 0)
-            await stack.http.get("/healthz")
-            num_files.append(num_open_files())
-            num_tasks.append(len(asyncio.all_tasks()))
-        assert num_files[2] <= num_files[0] + 4, num_files
-        assert num_tasks[2] <= num_tasks[0] + 4, num_tasks
-        name = "sala_gateway_requests_in_flight"
-        assert await stack.metric(name, endpoint=PATH) == 0
