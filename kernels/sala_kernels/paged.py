@@ -75,8 +75,8 @@ class SequenceRow(NamedTuple):
 class PagedBatch:
     """The sequences of one step: their new tokens are packed, their history lies in pages.
 
-    Rows may be padding (no new tokens). Everything a kernel needs is on the device; the two maxima are
-    bounds for launch grids.
+    Rows may be padding (no new tokens). Everything a kernel needs is on the device; the host integers
+    shape launch grids.
     """
 
     query_start_loc: Tensor
@@ -89,6 +89,11 @@ class PagedBatch:
     """Bound on the new tokens of one sequence."""
     max_seq_len: int
     """Bound on ``seq_lens``."""
+    num_decodes: int = 0
+    """Leading sequences with few new tokens. On a GPU the keys of each of their tokens are split over programs,
+    whereas the tokens of the others are tiled; a result does not depend on which way it was computed."""
+    num_decode_tokens: int = 0
+    """New tokens of those sequences; packed first."""
 
     def __post_init__(self) -> None:
         num_seqs = self.seq_lens.shape[0]

@@ -18,14 +18,23 @@ class StateBatch:
     query_start_loc: Tensor
     """[seqs + 1] int32; sequence i is packed tokens query_start_loc[i]:query_start_loc[i + 1]."""
     state_slots: Tensor
-    """[seqs] int32; slot of each sequence's state, negative for a padding row."""
+    """[seqs, columns] int32; where each sequence's states lie, negative for a padding row. Column 0 receives the
+    state after the last new token, except that a decode's new token j writes column j, so that drafts
+    can be rejected."""
     has_context: Tensor
     """[seqs] bool; false = the sequence starts here, from a zero state whatever its slot holds."""
     max_query_len: int
     """Bound on the new tokens of one sequence, for launch grids."""
+    initial_column: Tensor | None = None
+    """[seqs] int32; column that holds the state before the first new token; None = column 0."""
+    num_decodes: int = 0
+    """Leading sequences with at most ``columns`` new tokens, a state kept after each."""
+    num_decode_tokens: int = 0
+    """New tokens of those sequences; packed first."""
 
     def __post_init__(self) -> None:
         num_seqs = self.state_slots.shape[0]
+        expect_shape("state_slots", self.state_slots, (num_seqs, self.state_slots.shape[-1]))
         expect_shape("query_start_loc", self.query_start_loc, (num_seqs + 1,))
         expect_shape("has_context", self.has_context, (num_seqs,))
         expect_dtype("query_start_loc", self.query_start_loc, torch.int32)
