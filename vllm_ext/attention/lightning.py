@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,23 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID, mamba_get_block_table_tensor
+from vllm.v1.attention.backends.utils import (
+    mamba_get_block_table_tensor,
+    split_decodes_and_prefills,
+)
 
 from sala_kernels.lightning.op import StateBatch, lightning_attention
 from sala_kernels.spec import SalaSpec, decay_slopes
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionImplBase
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 
 class LightningBackend(AttentionBackend):
@@ -54,11 +60,30 @@ class LightningBackend(AttentionBackend):
 
 
 class LightningMetadataBuilder(AttentionMetadataBuilder[StateBatch]):
-    """Describe a step to all lightning layers of a cache group."""
+    """Describe a step to all lightning layers of a cache group.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # the base class declares its constructor abstract
-        super().__init__(*args, **kwargs)
+    A captured decode graph reads the tensors of its capture again at every replay, so each tensor of a batch is
+    either vLLM's own persistent buffer or one of this builder's, refilled in place.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    reorder_batch_threshold: int = 1
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self.has_context = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)
+        if device.type == "cuda":
+            # the attribute's presence asks vLLM to find the slots of all groups in one kernel, each step
+            self.mamba_aligned_state_indices: Tensor | None = None
 
     def build(
         self,
@@ -67,19 +92,27 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[StateBatch]):
         fast_build: bool = False,
     ) -> StateBatch:
         """Find each sequence's state slot, and whether the slot holds its state yet."""
-        query_start_loc = common_attn_metadata.query_start_loc
-        query_lens = query_start_loc.diff()
-        slots = mamba_get_block_table_tensor(
-            common_attn_metadata.block_table_tensor,
-            common_attn_metadata.seq_lens,
-            self.kv_cache_spec,
-            self.vllm_config.cache_config.mamba_cache_mode,
-        )[:, 0]
+        step = common_attn_metadata
+        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
+            step, self.reorder_batch_threshold
+        )
+        slots = getattr(self, "mamba_aligned_state_indices", None)
+        if slots is None:
+            slots = mamba_get_block_table_tensor(
+                step.block_table_tensor,
+                step.seq_lens,
+                self.kv_cache_spec,
+                self.vllm_config.cache_config.mamba_cache_mode,
+            )
+        has_context = self.has_context[: step.num_reqs]
+        torch.gt(step.seq_lens, step.query_start_loc.diff(), out=has_context)
         return StateBatch(
-            query_start_loc=query_start_loc,
-            state_slots=torch.where(query_lens > 0, slots, PAD_SLOT_ID),
-            has_context=common_attn_metadata.seq_lens > query_lens,
-            max_query_len=common_attn_metadata.max_query_len,
+            query_start_loc=step.query_start_loc,
+            state_slots=slots[: step.num_reqs, :1],
+            has_context=has_context,
+            max_query_len=step.max_query_len,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
         )
 
 

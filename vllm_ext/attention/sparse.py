@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from sala_kernels.cache_write.op import write_cache
@@ -64,7 +66,15 @@ class SparseBackend(AttentionBackend):
 
 
 class SparseMetadataBuilder(AttentionMetadataBuilder[PagedBatch]):
-    """Describe a step to all sparse layers at once."""
+    """Describe a step to all sparse layers at once.
+
+    The tensors are vLLM's own persistent buffers, so a captured decode graph sees each step's values.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    reorder_batch_threshold: int = 1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # the base class declares its constructor abstract
@@ -77,12 +87,18 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[PagedBatch]):
         fast_build: bool = False,
     ) -> PagedBatch:
         """Take what the ops need; nothing is computed or copied to the host."""
+        step = common_attn_metadata
+        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
+            step, self.reorder_batch_threshold
+        )
         return PagedBatch(
-            query_start_loc=common_attn_metadata.query_start_loc,
-            seq_lens=common_attn_metadata.seq_lens,
-            block_table=common_attn_metadata.block_table_tensor,
-            max_query_len=common_attn_metadata.max_query_len,
-            max_seq_len=common_attn_metadata.max_seq_len,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
+            block_table=step.block_table_tensor,
+            max_query_len=step.max_query_len,
+            max_seq_len=step.max_seq_len,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
@@ -24,12 +25,7 @@ class SalaLimits(VerifyAndUpdateConfig):
             NotImplementedError: the device has no SALA kernels.
         """
         spec = vllm_config.model_config.hf_config.spec
-        if current_platform.device_type != "cpu":
-            raise NotImplementedError(
-                f"SALA runs on the CPU only, got device {current_platform.device_type!r}: "
-                "its Triton kernels are not there yet"
-            )
-
+        _check_device(vllm_config)
         model, cache = vllm_config.model_config, vllm_config.cache_config
         if model.runner_type != "generate":
             raise ValueError(f"runner: expected 'generate', got {model.runner_type!r}")
@@ -71,3 +67,41 @@ class SalaLimits(VerifyAndUpdateConfig):
                 "speculative_config: expected none: lightning states cannot be rolled back to the last "
                 "accepted draft yet"
             )
+
+
+def _check_device(vllm_config: VllmConfig) -> None:
+    """Check the device, and choose how steps are launched on a GPU.
+
+    Raises:
+        NotImplementedError: there are no SALA kernels for the device.
+        ValueError: the graph mode cannot capture the model.
+    """
+    if current_platform.device_type == "cpu":
+        return
+    if not current_platform.is_cuda():
+        raise NotImplementedError(
+            f"device: expected 'cuda' or 'cpu', got {current_platform.device_type!r}"
+        )
+    if not current_platform.is_device_capability(90):
+        raise NotImplementedError(
+            "device: expected a Hopper GPU (compute capability 9.0), which the kernels are built and tested "
+            f"for, got {current_platform.get_device_name()} "
+            f"({current_platform.get_device_capability()})"
+        )
+    if not vllm_config.use_v2_model_runner:
+        raise NotImplementedError(
+            "model runner: expected vLLM's V2 runner, whose step tensors stay in place for CUDA graphs; "
+            "unset VLLM_USE_V2_MODEL_RUNNER"
+        )
+    # Decode is launch-bound and is captured whole. A prompt step is bound by the GPU: its kernels are fused by
+    # hand, and torch.compile or piecewise graphs would only lengthen the start (docs/decisions/0010).
+    compilation = vllm_config.compilation_config
+    if compilation.mode is None:
+        compilation.mode = CompilationMode.NONE
+    if compilation.cudagraph_mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    if compilation.cudagraph_mode not in (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY):
+        raise ValueError(
+            "cudagraph_mode: expected FULL_DECODE_ONLY or NONE, "
+            f"got {compilation.cudagraph_mode.name}: prompt steps are not captured"
+        )

@@ -19,13 +19,13 @@ def lightning_attention(
     """Implement :func:`sala_kernels.lightning.op.lightning_attention`."""
     output = torch.zeros_like(q)
     starts = batch.query_start_loc.tolist()
-    slots = batch.state_slots.tolist()
+    slots = batch.state_slots[:, 0].tolist()
     num_queries = [end - start for start, end in zip(starts, starts[1:], strict=False)]
     active = [i for i, slot in enumerate(slots) if slot >= 0 and num_queries[i] > 0]
 
     if decodes := [i for i in active if num_queries[i] == 1]:
         seqs = torch.tensor(decodes)
-        tokens, slot = batch.query_start_loc[seqs], batch.state_slots[seqs]
+        tokens, slot = batch.query_start_loc[seqs], batch.state_slots[seqs, 0]
         after = _initial_state(state[slot], batch.has_context[seqs]).mul_(_decay(slopes))
         q_t, k_t, v_t = (x[tokens].float() for x in (q, k, v))
         after.addcmul_(k_t.unsqueeze(-1), v_t.unsqueeze(-2))
