@@ -3,7 +3,7 @@
 MODEL ?= training/demo/checkpoint
 NAME ?= $(notdir $(MODEL:/checkpoint=))
 
-.PHONY: help install serve test check bench lock demo-checkpoint clean
+.PHONY: help install serve test check bench bench-gpu lock demo-checkpoint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ check: install ## lint, formatting, types, shell, spelling, file length
 
 bench: install ## check the operators, then time them and the engine against references (5 minutes)
 	@.venv/bin/python kernels/bench/run.py
+
+bench-gpu: ## measure kernels and engine on this machine's GPU (PYTHON=a python with torch for CUDA and vLLM)
+	@scripts/bench-gpu $(BENCH_ARGS)
 
 lock: ## resolve requirements/cpu.lock anew
 	@scripts/lock
