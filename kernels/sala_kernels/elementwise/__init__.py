@@ -1,0 +1,1 @@
+"""Norms, gates and rotations between the matrix products, each one pass over its operands."""
