@@ -115,6 +115,24 @@ def odd_checkpoint(tmp_path: Path) -> tuple[Path, Oracle]:
     return save(config, model, tmp_path), Oracle(model)
 
 
+@pytest.fixture(scope="session")
+def repeating_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
+    """Mixers and MLPs weigh so little that the next token follows from the last one most of the time."""
+    model = random_model(CONFIG)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter *= 0.3
+    return save(CONFIG, model, tmp_path_factory.mktemp("repeating")), Oracle(model)
+
+
+@pytest.fixture
+def one_kv_head_checkpoint(tmp_path: Path) -> tuple[Path, Oracle]:
+    config = CONFIG | {"num_key_value_heads": 1}
+    model = random_model(config)
+    return save(config, model, tmp_path), Oracle(model)
+
+
 def random_prompts(*lengths: int, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 499, (n,), generator=generator).tolist() for n in lengths]
@@ -177,6 +195,9 @@ class EngineRun:
     batches: list[list[dict[str, Any]]]
     """Per batch and prompt: tokens, how many prompt tokens were cached, log-probabilities if asked for."""
     preemptions: int
+    drafts: int
+    """Tokens proposed by speculation."""
+    drafts_accepted: int
     log: str
 
 

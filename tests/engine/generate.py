@@ -36,7 +36,12 @@ def main() -> None:
             ]
         )
     counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    result = {"batches": batches, "preemptions": counters["vllm:num_preemptions"]}
+    result = {
+        "batches": batches,
+        "preemptions": counters["vllm:num_preemptions"],
+        "drafts": counters.get("vllm:spec_decode_num_draft_tokens", 0),
+        "drafts_accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
+    }
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.engine
 
 EXPECTED = {
     "fp8_cache": "kv_cache_dtype: expected 'auto' (torch.float32), got 'fp8': block selection",
-    "four_ranks": "tensor_parallel_size: expected a divisor of 2 KV heads, got 4",
+    "three_ranks": "tensor_parallel_size: expected a divisor of 8 query heads, got 3",
+    "ranks_between_kv_heads": "expected a divisor or a multiple of 3 KV heads, got 4",
     "pipeline": "Pipeline parallelism is not supported for this model",
-    "drafts": "speculative_config: expected none",
+    "draft_model": "speculative_config: expected method 'ngram' or 'ngram_gpu', got 'draft_model'",
+    "drafts_beside_cached_prefixes": "speculative_config: expected no prefix caching beside drafts on a CPU",
     "too_long": "max_model_len (5000) is greater than the derived max_model_len",
     "too_little_memory": "Try increasing `gpu_memory_utilization`",
     "unknown_mixer": "mixer_types: supported are ['minicpm4', 'lightning-attn'], got ['mamba2']",
@@ -86,14 +88,24 @@ def errors(
         fields["mixer_types"][1] = "mamba2"
 
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    draft_model = {
+        "method": "draft_model",
+        "model": str(checkpoint),
+        "num_speculative_tokens": 2,
+    }
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
     quantised = {"quant_method": "compressed-tensors", "config_groups": {}}
     misspelt = ["MiniCPMSalaForCausalLM"]
     jobs = {
         "fp8_cache": arguments(kv_cache_dtype="fp8"),
-        "four_ranks": arguments(tensor_parallel_size=4),
+        "three_ranks": arguments(tensor_parallel_size=3),
+        "ranks_between_kv_heads": arguments(
+            with_fields("three_kv_heads", num_attention_heads=12, num_key_value_heads=3),
+            tensor_parallel_size=4,
+        ),
         "pipeline": arguments(pipeline_parallel_size=2),
-        "drafts": arguments(speculative_config=drafts),
+        "draft_model": arguments(speculative_config=draft_model),
+        "drafts_beside_cached_prefixes": arguments(speculative_config=drafts),
         "too_long": arguments(max_model_len=5000),
         "too_little_memory": arguments(max_model_len=4096, kv_cache_memory_bytes=1 << 20),
         "unknown_mixer": arguments(variant("unknown_mixer", edit_config=rename_mixer)),

@@ -13,10 +13,10 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
-    AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import (
     mamba_get_block_table_tensor,
     split_decodes_and_prefills,
@@ -59,17 +59,19 @@ class LightningBackend(AttentionBackend):
         return True
 
 
-class LightningMetadataBuilder(AttentionMetadataBuilder[StateBatch]):
+class LightningMetadataBuilder(ShortConvAttentionMetadataBuilder):
     """Describe a step to all lightning layers of a cache group.
 
     A captured decode graph reads the tensors of its capture again at every replay, so each tensor of a batch is
     either vLLM's own persistent buffer or one of this builder's, refilled in place.
+
+    NOTE: the base class is chosen for its name. vLLM tells how many drafts were accepted to builders of
+    listed classes only, and this is the one that both of its model runners list and whose constructor asks
+    nothing of the layers; everything that builds is overridden.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
-    reorder_batch_threshold: int = 1
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_update_block_table = False
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[StateBatch]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.has_context = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)
+        self.initial_column = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         if device.type == "cuda":
             # the attribute's presence asks vLLM to find the slots of all groups in one kernel, each step
             self.mamba_aligned_state_indices: Tensor | None = None
@@ -90,8 +93,19 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[StateBatch]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
+        *,
+        num_accepted_tokens: Tensor | None = None,
+        num_decode_draft_tokens_cpu: Tensor | None = None,
     ) -> StateBatch:
-        """Find each sequence's state slot, and whether the slot holds its state yet."""
+        """Find each sequence's state slots, and whether and where they hold its state yet.
+
+        Args:
+            common_prefix_len: unused.
+            common_attn_metadata: the step.
+            fast_build: unused.
+            num_accepted_tokens: [seqs] int32, sampled by the sequence's last step; None without drafts.
+            num_decode_draft_tokens_cpu: [seqs] int32, drafts to verify; -1 = tokens that cannot be rejected.
+        """
         step = common_attn_metadata
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
             step, self.reorder_batch_threshold
@@ -104,16 +118,52 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[StateBatch]):
                 self.kv_cache_spec,
                 self.vllm_config.cache_config.mamba_cache_mode,
             )
+        slots = slots[: step.num_reqs, : 1 + self.num_spec_tokens]
+        if num_decode_draft_tokens_cpu is not None:
+            slots = _join_columns(slots, step.query_start_loc_cpu, num_decode_draft_tokens_cpu)
         has_context = self.has_context[: step.num_reqs]
         torch.gt(step.seq_lens, step.query_start_loc.diff(), out=has_context)
+        initial_column = None
+        if self.use_spec_decode:
+            initial_column = self.initial_column[: step.num_reqs]
+            if num_accepted_tokens is not None:
+                # a step that sampled nothing was part of a prompt, and left its state in column 0
+                torch.clamp(num_accepted_tokens - 1, min=0, out=initial_column)
         return StateBatch(
             query_start_loc=step.query_start_loc,
-            state_slots=slots[: step.num_reqs, :1],
+            state_slots=slots,
             has_context=has_context,
             max_query_len=step.max_query_len,
+            initial_column=initial_column,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
         )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> StateBatch:
+        """Describe a step to capture: the values are arbitrary, the tensors are those of every step."""
+        return self.build(0, common_attn_metadata)
+
+
+def _join_columns(slots: Tensor, query_start_loc_cpu: Tensor, num_drafts_cpu: Tensor) -> Tensor:
+    """Give short prompt tails one column, since all their tokens count.
+
+    They are among the decodes for their length, which write a column per token, and the next step starts from
+    column 0. Also for tokens that a preempted sequence recomputes. No such step is captured.
+
+    Args:
+        slots: [seqs, columns] int32; not written.
+        query_start_loc_cpu: [seqs + 1] int32.
+        num_drafts_cpu: [seqs] int32, -1 for tokens that cannot be rejected.
+
+    Returns:
+        [seqs, columns] int32.
+    """
+    whole = (num_drafts_cpu < 0) & (query_start_loc_cpu.diff() > 1)
+    if not whole.any():
+        return slots
+    return torch.where(whole.to(slots.device)[:, None], slots[:, :1], slots)
 
 
 class LightningState(nn.Module, MambaBase):

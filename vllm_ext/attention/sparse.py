@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
@@ -71,14 +75,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[PagedBatch]):
     The tensors are vLLM's own persistent buffers, so a captured decode graph sees each step's values.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
-    reorder_batch_threshold: int = 1
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # the base class declares its constructor abstract
         super().__init__(*args, **kwargs)
+        # sequences with drafts to verify count as decodes
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     def build(
         self,
@@ -113,12 +115,14 @@ class SparseImpl(AttentionImpl[PagedBatch]):
         num_kv_heads: int,
         *unused: object,
         sparse: SparseSpec,
+        ranks_per_kv_head: int,
     ) -> None:
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads
         self.sparse = sparse
+        self.ranks_per_kv_head = ranks_per_kv_head
 
     def forward(
         self,
@@ -151,16 +155,38 @@ class SparseImpl(AttentionImpl[PagedBatch]):
         if attn_metadata is None:
             return output.zero_()
         write_cache(key, value, kv_cache, attn_metadata)
-        blocks = select_blocks(query, kv_cache, attn_metadata, self.sparse)
+        blocks = select_blocks(self._group(query), kv_cache, attn_metadata, self.sparse)
         attended = attend_blocks(query, kv_cache, attn_metadata, blocks, self.sparse.dense_len)
         return output.copy_(attended)
+
+    def _group(self, query: Tensor) -> Tensor:
+        """Collect all query heads of this rank's KV heads, whose scores are summed before blocks are chosen.
+
+        Ranks that share a KV head choose its blocks each for itself, from the same queries: windows are
+        pooled and ranked after the sum, so partial results could be added per window only, which is as
+        much traffic as there are keys.
+
+        Args:
+            query: [tokens, heads, dim] of this rank.
+
+        Returns:
+            [tokens, heads * ranks_per_kv_head, dim].
+        """
+        if self.ranks_per_kv_head == 1:
+            return query
+        everyone = tensor_model_parallel_all_gather(query.contiguous(), dim=1)
+        heads = query.shape[1] * self.ranks_per_kv_head
+        group = get_tensor_model_parallel_rank() // self.ranks_per_kv_head
+        return everyone[:, group * heads :][:, :heads]
 
 
 class SparseAttention(Attention):
     """vLLM's attention layer over SALA pages."""
 
-    def __init__(self, *, sparse: SparseSpec, **kwargs: Any) -> None:
-        super().__init__(attn_backend=SparseBackend, sparse=sparse, **kwargs)
+    def __init__(self, *, sparse: SparseSpec, ranks_per_kv_head: int, **kwargs: Any) -> None:
+        super().__init__(
+            attn_backend=SparseBackend, sparse=sparse, ranks_per_kv_head=ranks_per_kv_head, **kwargs
+        )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Keep named views of the pages: [pages, kv_heads, 64, cell elements].

@@ -9,8 +9,16 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
+from vllm_ext.models.defaults import set_defaults
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from sala_kernels.spec import SalaSpec
+
+
+_QUANTISATIONS = (None, "fp8", "auto_gptq", "auto_awq", "awq", "compressed-tensors")
+"""vLLM's names of the weight formats whose tensors the model loads; AWQ has one a device."""
 
 
 class SalaLimits(VerifyAndUpdateConfig):
@@ -29,10 +37,10 @@ class SalaLimits(VerifyAndUpdateConfig):
         model, cache = vllm_config.model_config, vllm_config.cache_config
         if model.runner_type != "generate":
             raise ValueError(f"runner: expected 'generate', got {model.runner_type!r}")
-        if model.quantization is not None:
+        if model.quantization not in _QUANTISATIONS:
             raise ValueError(
-                f"quantization: expected none, got {model.quantization!r}: the plugin loads float weights "
-                "under the released names only"
+                "quantization: expected "
+                f"{', '.join(repr(name) for name in _QUANTISATIONS if name)} or none, got {model.quantization!r}"
             )
 
         cache_dtype, model_dtype = cache.cache_dtype, model.dtype
@@ -48,25 +56,57 @@ class SalaLimits(VerifyAndUpdateConfig):
                     f"{name}: expected 'auto' or 'float32', got {dtype!r}: lightning states are float32"
                 )
 
-        # more ranks than KV heads would spread the query heads of one KV head over ranks, and their
-        # scores are summed before blocks are chosen
-        tp_size = vllm_config.parallel_config.tensor_parallel_size
-        for count, what in (
-            (spec.num_kv_heads, "KV heads"),
-            (spec.lightning_num_heads, "lightning heads"),
-            (spec.intermediate_size, "MLP channels"),
-        ):
-            if count % tp_size:
-                raise ValueError(
-                    f"tensor_parallel_size: expected a divisor of {count} {what}, got {tp_size}; "
-                    "use replicas instead"
-                )
+        _check_ranks(spec, vllm_config.parallel_config.tensor_parallel_size)
+        _check_speculation(vllm_config)
+        set_defaults(vllm_config)
 
-        if vllm_config.speculative_config is not None:
+
+def _check_ranks(spec: SalaSpec, tp_size: int) -> None:
+    """Check that heads and channels divide evenly; KV heads may also be repeated on several ranks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for count, what in (
+        (spec.num_heads, "query heads"),
+        (spec.lightning_num_heads, "lightning heads"),
+        (spec.intermediate_size, "MLP channels"),
+    ):
+        if count % tp_size:
             raise ValueError(
-                "speculative_config: expected none: lightning states cannot be rolled back to the last "
-                "accepted draft yet"
+                f"tensor_parallel_size: expected a divisor of {count} {what}, got {tp_size}; "
+                "use replicas instead"
             )
+    if spec.num_kv_heads % tp_size and tp_size % spec.num_kv_heads:
+        raise ValueError(
+            f"tensor_parallel_size: expected a divisor or a multiple of {spec.num_kv_heads} KV heads, "
+            f"got {tp_size}; use replicas instead"
+        )
+
+
+def _check_speculation(vllm_config: VllmConfig) -> None:
+    """Check how drafts are made, and that rejected ones can be taken back.
+
+    Raises:
+        ValueError: the method needs a draft model, or the combination does not run.
+    """
+    speculation = vllm_config.speculative_config
+    if speculation is None:
+        return
+    if speculation.method not in ("ngram", "ngram_gpu"):
+        raise ValueError(
+            "speculative_config: expected method 'ngram' or 'ngram_gpu', got "
+            f"{speculation.method!r}: draft models and draft heads are not supported, there are none for SALA yet"
+        )
+    if vllm_config.use_v2_model_runner:
+        return
+    if speculation.method == "ngram_gpu":
+        raise ValueError("speculative_config: expected method 'ngram' on a CPU, got 'ngram_gpu'")
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "speculative_config: expected no prefix caching beside drafts on a CPU "
+            "(--no-enable-prefix-caching): vLLM moves states between drafts and cached blocks on GPUs only"
+        )
 
 
 def _check_device(vllm_config: VllmConfig) -> None:

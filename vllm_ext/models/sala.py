@@ -84,7 +84,7 @@ class SparseMixer(nn.Module):
             vllm_config.quant_config,
         )
         tp_size = get_tensor_model_parallel_world_size()
-        num_heads, num_kv_heads = spec.num_heads // tp_size, spec.num_kv_heads // tp_size
+        num_heads, num_kv_heads = spec.num_heads // tp_size, max(1, spec.num_kv_heads // tp_size)
         self.split_sizes = [n * spec.head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
         self.qkv_proj = QKVParallelLinear(
             hidden,
@@ -103,6 +103,7 @@ class SparseMixer(nn.Module):
         )
         self.attention = SparseAttention(
             sparse=spec.sparse,
+            ranks_per_kv_head=max(1, tp_size // spec.num_kv_heads),
             num_heads=num_heads,
             head_size=spec.head_dim,
             scale=spec.head_dim**-0.5,
@@ -272,29 +273,36 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
         """Load a checkpoint, all of it and nothing else.
 
         Args:
-            weights: released name and tensor, in any order.
+            weights: released name and tensor, in any order. A quantised projection brings, instead of or beside
+                its ``weight``, what its method stores (``qweight``, ``scales``, ``weight_scale``, ...).
 
         Returns:
             Names of the parameters that were loaded.
 
         Raises:
-            ValueError: a weight is missing, unexpected, of the wrong shape or quantised; names them all.
+            ValueError: a weight is missing, unexpected, of the wrong shape or dtype; names them all.
         """
-        missing = self.spec.weight_shapes()
         parameters = dict(self.named_parameters())
+        missing = self._expected_weights()
         loaded, problems = set(), []
         for name, tensor in weights:
-            expected = missing.pop(name, None)
-            if expected is None:
+            parameter_name, shard = _fused_name(name)
+            if name.endswith(".g_idx") and parameter_name not in parameters:
+                # GPTQ's order of input channels: the identity, other orders are refused by vLLM
+                continue
+            if name not in missing:
                 problems.append(f"unexpected {name}")
-            elif tuple(tensor.shape) != expected:
+                continue
+            expected = missing.pop(name)
+            parameter = parameters[parameter_name]
+            if expected is not None and tuple(tensor.shape) != expected:
                 problems.append(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-            elif tensor.dtype not in _WEIGHT_DTYPES:
+            elif parameter.dtype in _WEIGHT_DTYPES and tensor.dtype not in _WEIGHT_DTYPES:
                 # copying would take integers or 8-bit floats for the values themselves
                 problems.append(f"{name}: expected a float dtype, got {tensor.dtype}")
+            elif parameter.dtype not in _WEIGHT_DTYPES and tensor.dtype != parameter.dtype:
+                problems.append(f"{name}: expected dtype {parameter.dtype}, got {tensor.dtype}")
             else:
-                parameter_name, shard = _fused_name(name)
-                parameter = parameters[parameter_name]
                 loader = getattr(parameter, "weight_loader", default_weight_loader)
                 loader(parameter, tensor, *shard)
                 loaded.add(parameter_name)
@@ -302,6 +310,16 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
         if problems:
             raise ValueError("the checkpoint does not fit its config.json: " + "; ".join(problems))
         return loaded
+
+    def _expected_weights(self) -> dict[str, tuple[int, ...] | None]:
+        """Name the checkpoint's weights: shapes of the released ones, None for those of a quantisation."""
+        expected: dict[str, tuple[int, ...] | None] = {}
+        for name, shape in self.spec.weight_shapes().items():
+            module = name.rpartition(".")[0]
+            fused_module = _fused_name(name)[0].rpartition(".")[0]
+            for leaf, _ in self.get_submodule(fused_module).named_parameters(recurse=False):
+                expected[f"{module}.{leaf}"] = shape if leaf == "weight" else None
+        return expected
 
 
 def _fused_name(name: str) -> tuple[str, tuple[str | int, ...]]:
