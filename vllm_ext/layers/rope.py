@@ -1,4 +1,4 @@
-"""Rotary position embedding of the lightning layers."""
+"""Angles of the rotary position embedding of the lightning layers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ class RotaryAngles(nn.Module):
 
     def __init__(self, dim: int, theta: float) -> None:
         super().__init__()
-        exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        self.register_buffer("inv_freq", 1.0 / theta**exponent, persistent=False)
+        # on the CPU whatever the device: a power that is off by one unit turns the millionth token by 0.1
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+        inv_freq = (1.0 / theta**exponent).to(torch.get_default_device())
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, each [tokens, 1, dim / 2] float32, of positions [tokens] int64."""
-        angle = positions.float()[:, None, None] * self.inv_freq
+        """Return cos and sin, each [tokens, dim / 2] float32, of positions [tokens] int64."""
+        angle = positions.float()[:, None] * self.inv_freq
         return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [tokens, heads, dim], pairing i with i + dim / 2; float32 inside, x's dtype outside."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)

@@ -31,11 +31,12 @@ from vllm.model_executor.models.interfaces import (
 )
 from vllm.model_executor.models.utils import maybe_prefix
 
+from sala_kernels.elementwise.op import norm_rope, sigmoid_gate
 from sala_kernels.spec import LayerKind, SalaSpec
 from vllm_ext.attention.lightning import LightningState
 from vllm_ext.attention.sparse import SparseAttention
-from vllm_ext.layers.norm import RMSNorm, ShardedRMSNorm
-from vllm_ext.layers.rope import RotaryAngles, rotate
+from vllm_ext.layers.norm import GatedNorm, NormWeight, ResidualNorm
+from vllm_ext.layers.rope import RotaryAngles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 Rotation = tuple[Tensor, Tensor]
-"""cos and sin of the step's positions, each [tokens, 1, dim / 2] float32."""
+"""cos and sin of the step's positions, each [tokens, dim / 2] float32."""
 
 
 class SalaMLP(nn.Module):
@@ -118,7 +119,7 @@ class SparseMixer(nn.Module):
         qkv, _ = self.qkv_proj(x)
         gate, _ = self.o_gate(x)
         q, k, v = qkv.split(self.split_sizes, dim=-1)
-        output, _ = self.o_proj(self.attention(q, k, v) * gate.sigmoid())
+        output, _ = self.o_proj(sigmoid_gate(self.attention(q, k, v), gate))
         return output
 
 
@@ -129,7 +130,7 @@ class LightningMixer(nn.Module):
         super().__init__()
         hidden, heads, dim = spec.hidden_size, spec.lightning_num_heads, spec.lightning_head_dim
         quant = vllm_config.quant_config
-        self.head_dim = dim
+        self.head_dim, self.eps = dim, spec.rms_norm_eps
         self.qkv_proj = QKVParallelLinear(
             hidden, dim, heads, heads, bias=False, quant_config=quant, prefix=f"{prefix}.qkv_proj"
         )
@@ -139,19 +140,18 @@ class LightningMixer(nn.Module):
         self.o_proj = RowParallelLinear(
             heads * dim, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
-        self.q_norm = RMSNorm(dim, spec.rms_norm_eps)
-        self.k_norm = RMSNorm(dim, spec.rms_norm_eps)
-        self.o_norm = ShardedRMSNorm(heads * dim, spec.rms_norm_eps)
+        self.q_norm = NormWeight(dim)
+        self.k_norm = NormWeight(dim)
+        self.o_norm = GatedNorm(heads * dim, spec.rms_norm_eps)
         self.state = LightningState(spec, prefix=f"{prefix}.state")
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Map [tokens, hidden] to the same."""
         qkv, _ = self.qkv_proj(x)
         gate, _ = self.z_proj(x)
+        norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.chunk(3, dim=-1))
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
-        mixed = self.o_norm(self.state(q, k, v).flatten(1))
-        output, _ = self.o_proj(mixed * gate.sigmoid())
+        output, _ = self.o_proj(self.o_norm(self.state(q, k, v).flatten(1), gate))
         return output
 
 
@@ -165,15 +165,27 @@ class SalaDecoderLayer(nn.Module):
         mixer = SparseMixer if kind is LayerKind.SPARSE else LightningMixer
         self.self_attn = mixer(spec, vllm_config, prefix=f"{prefix}.self_attn")
         self.mlp = SalaMLP(spec, vllm_config, prefix=f"{prefix}.mlp")
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.residual_scale = spec.residual_scale
+        norm = (spec.hidden_size, spec.rms_norm_eps, spec.residual_scale)
+        self.input_layernorm = ResidualNorm(*norm)
+        self.post_attention_layernorm = ResidualNorm(*norm)
 
-    def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
-        """Map [tokens, hidden] to the same."""
-        mixed = self.self_attn(self.input_layernorm(hidden), rotation)
-        hidden = hidden + mixed * self.residual_scale
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)) * self.residual_scale
+    def forward(
+        self, hidden: Tensor, branch: Tensor | None, rotation: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer; each branch is added by the norm that follows it, the last by the next layer's.
+
+        Args:
+            hidden: [tokens, hidden], the residual stream.
+            branch: as ``hidden``, what the layer before leaves to add; None in the first.
+            rotation: of the step's positions.
+
+        Returns:
+            The residual stream and the branch to add to it.
+        """
+        hidden, normed = self.input_layernorm(hidden, branch)
+        mixed = self.self_attn(normed, rotation)
+        hidden, normed = self.post_attention_layernorm(hidden, mixed)
+        return hidden, self.mlp(normed)
 
 
 class SalaModel(nn.Module):
@@ -188,7 +200,7 @@ class SalaModel(nn.Module):
             SalaDecoderLayer(spec, kind, vllm_config, prefix=f"{prefix}.layers.{index}")
             for index, kind in enumerate(spec.layer_kinds)
         )
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.norm = ResidualNorm(spec.hidden_size, spec.rms_norm_eps, spec.residual_scale)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embed tokens [tokens] as [tokens, hidden], muP scale included."""
@@ -196,10 +208,11 @@ class SalaModel(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Map embeddings [tokens, hidden] at ``positions`` [tokens] to normalised hidden states."""
-        rotation = self.rotary(positions)
+        rotation, branch = self.rotary(positions), None
         for layer in self.layers:
-            hidden = layer(hidden, rotation)
-        return self.norm(hidden)
+            hidden, branch = layer(hidden, branch, rotation)
+        _, normed = self.norm(hidden, branch)
+        return normed
 
 
 class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
