@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sala_kernels.checks import require_cpu
 from sala_kernels.paged import check_packed
 from sala_kernels.sparse_index import torch_impl
 
@@ -36,7 +35,7 @@ def select_blocks(q: Tensor, cache: PagedCache, batch: PagedBatch, sparse: Spars
 
     Raises:
         ValueError: a shape or dtype does not fit the cache.
-        NotImplementedError: not on the CPU.
+        NotImplementedError: neither on the CPU nor on a CUDA device.
     """
     tokens, heads = q.shape[:2]
     check_packed("q", q, tokens, heads, cache)
@@ -44,5 +43,11 @@ def select_blocks(q: Tensor, cache: PagedCache, batch: PagedBatch, sparse: Spars
         raise ValueError(
             f"q: expected a multiple of {cache.keys.shape[1]} KV heads, got {heads} heads"
         )
-    require_cpu("select_blocks", q)
-    return torch_impl.select_blocks(q, cache, batch, sparse)
+    if q.device.type == "cpu":
+        return torch_impl.select_blocks(q, cache, batch, sparse)
+    if q.device.type == "cuda":
+        # imported here: hosts without a GPU may lack Triton
+        from sala_kernels.sparse_index import triton_impl
+
+        return triton_impl.select_blocks(q, cache, batch, sparse)
+    raise NotImplementedError(f"select_blocks runs on CPU and CUDA tensors, got {q.device}")
