@@ -17,26 +17,35 @@ def lightning_attention(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor, batch: StateBatch
 ) -> Tensor:
     """Implement :func:`sala_kernels.lightning.op.lightning_attention`."""
-    output = torch.zeros_like(q)
+    output = q.new_empty(q.shape)
     starts = batch.query_start_loc.tolist()
-    slots = batch.state_slots[:, 0].tolist()
     num_queries = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-    active = [i for i, slot in enumerate(slots) if slot >= 0 and num_queries[i] > 0]
+    padding = (batch.state_slots[:, 0] < 0).tolist()
+    active = [i for i, size in enumerate(num_queries) if size > 0 and not padding[i]]
+    initial_slots = batch.state_slots[:, 0]
+    if batch.initial_column is not None:
+        initial_slots = batch.state_slots.gather(1, batch.initial_column[:, None].long())[:, 0]
 
-    if decodes := [i for i in active if num_queries[i] == 1]:
-        seqs = torch.tensor(decodes)
-        tokens, slot = batch.query_start_loc[seqs], batch.state_slots[seqs, 0]
-        after = _initial_state(state[slot], batch.has_context[seqs]).mul_(_decay(slopes))
-        q_t, k_t, v_t = (x[tokens].float() for x in (q, k, v))
-        after.addcmul_(k_t.unsqueeze(-1), v_t.unsqueeze(-2))
-        state[slot] = after
-        output[tokens] = (scale * (q_t.unsqueeze(-2) @ after).squeeze(-2)).to(q.dtype)
+    # one token writes column 0 whether or not it is a decode
+    if short := [i for i in active if i < batch.num_decodes or num_queries[i] == 1]:
+        seqs, new = torch.tensor(short), torch.tensor([num_queries[i] for i in short])
+        after = _initial_state(state[initial_slots[seqs]], batch.has_context[seqs])
+        for column in range(int(new.max())):
+            has_more = new > column
+            if not has_more.all():
+                seqs, new, after = seqs[has_more], new[has_more], after[has_more]
+            tokens = batch.query_start_loc[seqs] + column
+            q_t, k_t, v_t = (x[tokens].float() for x in (q, k, v))
+            after.mul_(_decay(slopes)).addcmul_(k_t.unsqueeze(-1), v_t.unsqueeze(-2))
+            state[batch.state_slots[seqs, column]] = after
+            output[tokens] = (scale * (q_t.unsqueeze(-2) @ after).squeeze(-2)).to(q.dtype)
 
-    for i in active:
-        if num_queries[i] > 1:
-            new = slice(starts[i], starts[i + 1])
-            before = _initial_state(state[slots[i]].clone(), batch.has_context[i])
-            output[new], state[slots[i]] = _prefill(q[new], k[new], v[new], slopes, scale, before)
+    for i in sorted(set(active) - set(short)):
+        new_tokens = slice(starts[i], starts[i + 1])
+        before = _initial_state(state[initial_slots[i]].clone(), batch.has_context[i])
+        output[new_tokens], state[batch.state_slots[i, 0]] = _prefill(
+            q[new_tokens], k[new_tokens], v[new_tokens], slopes, scale, before
+        )
     return output
 
 
