@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from sala_kernels.spec import SalaSpec
 
 SCHEDULER = "vllm_ext.scheduler.sala_scheduler"
-MATCH_UNIT_TOKENS = 64
-"""A page: the finest position at which a prefix can be reused."""
 MIN_BLOCK_TOKENS = 128
 SNAPSHOT_INTERVAL_TOKENS = 65_536
 """At 9B a snapshot takes 3 blocks of 2,048 tokens, so these take 3/32 (9.4 %) of the memory of the keys."""
@@ -42,8 +40,6 @@ def set_defaults(vllm_config: VllmConfig) -> None:
         cache.user_specified_block_size = True
     if not cache.enable_prefix_caching:
         return
-    if cache.prefix_match_unit is None and cache.block_size % MATCH_UNIT_TOKENS == 0:
-        cache.prefix_match_unit = MATCH_UNIT_TOKENS
     if cache.prefix_cache_retention_interval == 0:
         interval = vllm_config.additional_config.get(INTERVAL_KEY)
         if interval is None:
