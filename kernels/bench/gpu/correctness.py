@@ -66,7 +66,7 @@ def run_tests(record: Recorder, folder: Path) -> int:
 
 
 def topical_inputs(shapes: Shapes, context: int) -> tuple[Tensor, Tensor]:
-    """Return the last queries and all keys: blocks have topics and queries ask for them, as in tests/golden."""
+    """Return the last queries and all keys: blocks have topics that queries ask for, as in tests/golden."""
     spec = shapes.spec
     topics = shapes.randn(NUM_TOPICS, spec.head_dim).float()
 
@@ -95,9 +95,8 @@ def chosen_in_float64(
     grouped = q.double().unflatten(1, (kv_heads, heads // kv_heads)) * dim**-0.5
 
     def logits(window: int, stride: int) -> Tensor:
-        cumulative = torch.nn.functional.pad(keys.double().cumsum(0), (0, 0, 0, 0, 1, 0))
-        first = torch.arange(0, context - window + 1, stride, device=keys.device)
-        means = ((cumulative[first + window] - cumulative[first]) / window).to(keys.dtype).double()
+        means = keys.double().unfold(0, window, stride).mean(-1).to(keys.dtype).double()
+        first = torch.arange(len(means), device=keys.device) * stride
         visible = first + window - 1 <= positions[:, None]
         products = torch.einsum("qghd,cgd->qghc", grouped, means)
         return products.masked_fill(~visible[:, None, None], -torch.inf)
@@ -113,7 +112,7 @@ def chosen_in_float64(
     forced = ((block < sparse.init_blocks) | (block >= own - sparse.local_blocks)) & (block <= own)
     block_score = block_score.masked_fill(forced[:, None], torch.inf)
     block_score = block_score.masked_fill((block > own)[:, None], -torch.inf)
-    best = block_score.sort(-1, descending=True, stable=True).indices
+    best = block_score.sort(dim=-1, descending=True, stable=True).indices
     chosen = torch.zeros_like(block_score, dtype=torch.bool)
     chosen.scatter_(-1, best[..., : sparse.num_selected_blocks], True)
     return chosen & (block <= own)[:, None], forced

@@ -140,6 +140,7 @@ class Engine:
             "max_num_seqs": scheduler.max_num_seqs,
             "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
             "scheduler": f"{scheduler_class.__module__}.{scheduler_class.__name__}",
+            "additional_config": self.config.additional_config,
             "async_scheduling": scheduler.async_scheduling,
             "compilation_mode": getattr(compilation.mode, "name", None),
             "cudagraph_mode": getattr(compilation.cudagraph_mode, "name", None),

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpu.operators import Case, case_groups
+from gpu import elementwise_cases
+from gpu.operators import DENSE_LEN, Case, Shapes, dense_prompt_case, lightning_case, sparse_cases
 from gpu.results import spread
 from gpu.settings import RELEASED_CONFIG, Scale
 from gpu.timing import Ceilings, measure_ceilings, times_us
 from sala_kernels.spec import SalaSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import ModuleType
 
     from gpu.results import Recorder
@@ -61,17 +62,29 @@ class Grid:
 def constants(module: ModuleType, values: dict[str, Any]) -> Iterator[None]:
     """Set constants of a module for a while.
 
+    ``NAME`` is a constant; ``NAME.field`` a field of a named tuple, or of the one that function ``NAME`` returns.
+
     Raises:
         AttributeError: the module has no such constant.
+        ValueError: the named tuple has no such field.
     """
-    before = {name: getattr(module, name) for name in values}
+    before = {name.partition(".")[0]: None for name in values}
+    before = {name: getattr(module, name) for name in before}
     try:
-        for name, value in values.items():
-            setattr(module, name, value)
+        for path, value in values.items():
+            name, _, field = path.partition(".")
+            now = getattr(module, name)
+            setattr(module, name, _with_field(now, field, value) if field else value)
         yield
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+def _with_field(target: Any, field: str, value: Any) -> Any:
+    if callable(target):
+        return lambda *arguments: target(*arguments)._replace(**{field: value})
+    return target._replace(**{field: value})
 
 
 def run(record: Recorder, scale: Scale, grids: list[Grid], only: str = "") -> int:
@@ -93,7 +106,9 @@ def run(record: Recorder, scale: Scale, grids: list[Grid], only: str = "") -> in
     )
     num_bad = 0
     with torch.inference_mode():
-        for group in case_groups(scale, SalaSpec.from_config(config)):
+        for names, group in case_groups(scale, SalaSpec.from_config(config)):
+            if not any(only in name or name in only for name in names):
+                continue
             try:
                 for case in group:
                     if only in case.op:
@@ -106,6 +121,26 @@ def run(record: Recorder, scale: Scale, grids: list[Grid], only: str = "") -> in
             if scale.device == "cuda":
                 torch.cuda.empty_cache()
     return num_bad
+
+
+def case_groups(scale: Scale, spec: SalaSpec) -> Iterator[tuple[tuple[str, ...], Iterable[Case]]]:
+    """Return every operator, in groups that share inputs, each with the names that occur in it.
+
+    Groups are built one after another: their inputs do not fit together.
+    """
+    shapes = Shapes(spec, scale.device, getattr(torch, scale.dtype))
+    step, (many, many_tokens) = scale.kernel_step_tokens, scale.batch
+    for seqs, tokens in ((1, step), (1, 1), (many, 1)):
+        yield ("lightning",), (lightning_case(shapes, seqs, tokens) for _ in range(1))
+    for tokens in (step, many):
+        yield elementwise_cases.NAMES, elementwise_cases.elementwise_cases(shapes, tokens)
+    dense_tokens = min(step, DENSE_LEN)
+    yield ("attend_blocks",), (dense_prompt_case(shapes, dense_tokens) for _ in range(1))
+    names = ("cache_write", "select_blocks", "attend_blocks")
+    for context in scale.kernel_contexts:
+        yield names, sparse_cases(shapes, context, 1, step)
+        yield names, sparse_cases(shapes, context, 1, 1)
+    yield names, sparse_cases(shapes, many_tokens, many, 1)
 
 
 def _measure_variants(

@@ -25,7 +25,6 @@ from sala_kernels.testing import paged_batch, relative_rms, shuffled_block_table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gpu.settings import Scale
 
 Call = Callable[[], object]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -75,6 +74,10 @@ class Shapes:
         """Standard normal values in the model's dtype."""
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
+    def num_copies(self, touched_bytes: int, limit: int = 64) -> int:
+        """Count the input sets to rotate over, of a call that touches ``touched_bytes``."""
+        return 2 if self.device == "cpu" else copies_beyond_l2(touched_bytes, limit)
+
     def to_device(self, batch: PagedBatch) -> PagedBatch:
         """Copy a batch's tensors."""
         names = ("query_start_loc", "seq_lens", "block_table")
@@ -116,7 +119,7 @@ def lightning_case(shapes: Shapes, seqs: int, tokens: int) -> Case:
     is_decode = tokens == 1
     slopes = torch.tensor(decay_slopes(heads), device=shapes.device)
     state_bytes = 2 * seqs * heads * dim * dim * 4
-    copies = copies_beyond_l2(state_bytes) if is_decode else 1
+    copies = shapes.num_copies(state_bytes) if is_decode else 1
     q, k, v = shapes.randn(3, seqs * tokens, heads, dim).unbind()
     state = torch.randn(copies * seqs, heads, dim, dim, device=shapes.device)
     before = state[:seqs].clone()
@@ -174,7 +177,7 @@ def sparse_cases(shapes: Shapes, context: int, seqs: int, new: int) -> Iterator[
 
     attended = min(sparse.num_selected_blocks * BLOCK_TOKENS, context)
     attended_bytes = 2 * seqs * kv_heads * attended * dim * element_bytes
-    copies = copies_beyond_l2(attended_bytes, limit=24) if is_decode else 1
+    copies = shapes.num_copies(attended_bytes, limit=24) if is_decode else 1
     pool = Pool(shapes, copies * seqs, context)
     rows = [list(range(i * seqs, (i + 1) * seqs)) for i in range(copies)]
     batches = [pool.batch(row, new) for row in rows]
@@ -240,7 +243,7 @@ def sparse_cases(shapes: Shapes, context: int, seqs: int, new: int) -> Iterator[
     )
 
     def attend_gate() -> tuple[float, float]:
-        ours = attend_blocks(q, cache, batches[0], selected[0], 0)[:new][last]
+        ours = attend_blocks(q, cache, batches[0], selected[0], sparse)[:new][last]
         expected = attend_reference.attend_blocks(
             q[:new][last].float(),
             pool.keys.float(),
@@ -273,7 +276,7 @@ def sparse_cases(shapes: Shapes, context: int, seqs: int, new: int) -> Iterator[
             shape | {"queries": kind},
             [
                 lambda batch=batch, chosen=chosen, queries=queries: attend_blocks(  # type: ignore[misc]
-                    queries, cache, batch, chosen, 0
+                    queries, cache, batch, chosen, sparse
                 )
                 for batch, chosen in zip(batches, blocks, strict=False)
             ],
@@ -291,7 +294,8 @@ def dense_prompt_case(shapes: Shapes, tokens: int) -> Case:
     pool = Pool(shapes, 1, tokens)
     batch = pool.batch([0], tokens)
     q = shapes.randn(tokens, spec.num_heads, spec.head_dim)
-    width = spec.sparse.num_selected_blocks
+    sparse = replace(spec.sparse, dense_len=tokens + 1)
+    width = sparse.num_selected_blocks
     none = torch.full(
         (tokens, spec.num_kv_heads, width), -1, dtype=torch.int32, device=shapes.device
     )
@@ -300,7 +304,7 @@ def dense_prompt_case(shapes: Shapes, tokens: int) -> Case:
         "attend_blocks dense prompt",
         "sparse_attend",
         {"context": tokens, "sequences": 1, "new_tokens": tokens},
-        [lambda: attend_blocks(q, pool.cache, batch, none, tokens + 1)],
+        [lambda: attend_blocks(q, pool.cache, batch, none, sparse)],
         2 * (q.numel() + pool.keys.numel()) * shapes.dtype.itemsize,
         4 * tokens * tokens // 2 * spec.num_heads * spec.head_dim,
         rivals={"dense FlashAttention 3, contiguous": [dense]} if dense else {},
@@ -331,16 +335,3 @@ def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> Call | None:
         )
 
     return call
-
-
-def case_groups(scale: Scale, spec: SalaSpec) -> Iterator[Iterator[Case]]:
-    """Every operator, in groups that share inputs; built one after another, they do not fit together."""
-    shapes = Shapes(spec, scale.device, getattr(torch, scale.dtype))
-    step = scale.kernel_step_tokens
-    for seqs, tokens in ((1, step), (1, 1), (scale.batch[0], 1)):
-        yield (lightning_case(shapes, seqs, tokens) for _ in range(1))
-    yield (dense_prompt_case(shapes, tokens) for tokens in (min(step, DENSE_LEN),))
-    for context in scale.kernel_contexts:
-        yield sparse_cases(shapes, context, 1, step)
-        yield sparse_cases(shapes, context, 1, 1)
-    yield sparse_cases(shapes, scale.batch[1], scale.batch[0], 1)

@@ -59,7 +59,7 @@ async def warm_up(engine: Engine, scale: Scale) -> None:
 
 async def sala(record: Recorder, scale: Scale, folder: Path, log: Path) -> None:
     """Latency by length, follow-up questions on the longest prompt, decode throughput, memory."""
-    arguments = scale.sala_arguments(folder)
+    arguments = scale.sala_arguments(folder, one_request=True)
     async with running(arguments) as engine:
         record.write("engine", **engine.describe())
         await warm_up(engine, scale)
@@ -147,10 +147,10 @@ async def serving(record: Recorder, scale: Scale, folder: Path) -> None:
             return await engine.timed(engine.random_ids(SHORT_TOKENS), SHORT_OUTPUT_TOKENS)
 
         await short()
+        await asyncio.sleep(scale.quiet_s)
+        alone = await engine.timed(engine.random_ids(scale.long_tokens), max_tokens=1)
         idle = [await short() for _ in range(IDLE_REQUESTS)]
         record.write("short_idle", **latencies(idle), prompt_tokens=SHORT_TOKENS)
-
-        alone = await engine.timed(engine.random_ids(scale.long_tokens), max_tokens=1)
         interval_s = alone.ttft_s / (scale.num_arrivals + 1)
         long_ids = engine.random_ids(scale.long_tokens)
         async with asyncio.TaskGroup() as group:

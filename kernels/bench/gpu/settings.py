@@ -77,6 +77,10 @@ class Scale:
     full_attention_overrides: dict[str, Any] = field(default_factory=dict)
     common_engine: dict[str, Any] = field(default_factory=dict)
     sala_engine: dict[str, Any] = field(default_factory=dict)
+    one_request_engine: dict[str, Any] = field(default_factory=dict)
+    """More SALA arguments where requests are timed one after another."""
+    quiet_s: float = 0.0
+    """Pause after which the scheduler takes a prefill for the only request."""
     full_attention_engine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,14 +89,15 @@ class Scale:
         longest = max(*self.lengths, self.long_tokens, self.batch[1])
         return (longest + 2048) // 2048 * 2048
 
-    def sala_arguments(self, folder: Path) -> dict[str, Any]:
+    def sala_arguments(self, folder: Path, one_request: bool = False) -> dict[str, Any]:
         """Write the released shape's config.json; return the engine arguments that serve it."""
         config = json.loads(RELEASED_CONFIG.read_text()) | self.sala_overrides
         config["max_position_embeddings"] = max(
             self.max_model_len, config["max_position_embeddings"]
         )
         model = _write_config(folder / "sala", config)
-        arguments = {"max_model_len": self.max_model_len} | self.common_engine | self.sala_engine
+        arguments = {"max_model_len": self.max_model_len} | self.common_engine
+        arguments |= (self.one_request_engine if one_request else {}) | self.sala_engine
         return {"model": model, "dtype": self.dtype, "load_format": LOAD_FORMAT} | arguments
 
     def full_attention_arguments(self, folder: Path) -> dict[str, Any]:
@@ -126,6 +131,11 @@ H200 = Scale(
     greedy_lengths=(9001, 12_345, 16_000),
     common_engine={"skip_tokenizer_init": True, "gpu_memory_utilization": 0.92},
     sala_engine={"max_num_batched_tokens": 8192, "max_num_seqs": 32},
+    # without these a prefill takes small steps for 30 s after any answer, in case more short requests come
+    one_request_engine={
+        "additional_config": {"sala_scheduler": {"quiet_s": 0, "long_chunk_tokens": 8192}}
+    },
+    quiet_s=31.0,
     full_attention_engine={
         # the start of a long prefill is not compiled (mode 0): compiled or not, TTFT is the same there
         "max_num_batched_tokens": 16384,
