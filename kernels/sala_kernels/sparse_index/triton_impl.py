@@ -32,12 +32,13 @@ class Tiling(NamedTuple):
     """Windows an iteration, a multiple of 16."""
     num_warps: int
     num_stages: int
+    """Every second one adds a tile in flight: a page's number is loaded one iteration before its rows."""
 
 
 PREFILL_STATS = Tiling(columns=128, rows=64, num_warps=4, num_stages=3)
 PREFILL_SCORES = Tiling(columns=256, rows=64, num_warps=4, num_stages=3)
-DECODE_STATS = Tiling(columns=0, rows=64, num_warps=4, num_stages=3)
-DECODE_SCORES = Tiling(columns=0, rows=64, num_warps=4, num_stages=4)
+DECODE_STATS = Tiling(columns=0, rows=64, num_warps=4, num_stages=5)
+DECODE_SCORES = Tiling(columns=0, rows=64, num_warps=4, num_stages=5)
 FLOAT32 = Tiling(columns=32, rows=32, num_warps=4, num_stages=1)
 """For all four: float32 has no exact matrix instruction, and its operands fill the registers."""
 WORKSPACE_BYTES = 1 << 28
@@ -306,5 +307,5 @@ class _Run:
             short_blocks=min(max_blocks, SHORT_BLOCKS),
             key_bits=31 if self.is_float32 else 15,
             one_token_each=one_token_each,
-            num_warps=16 if max_blocks > 4096 else 4,
+            num_warps=min(max(max_blocks // 1024, 4), 16),
         )
