@@ -29,7 +29,8 @@ EXPECTED = {
     "wrong_override": "always_sparse: expected true or false, got 'yes'",
     "missing_weights": "missing model.norm.weight; missing model.layers.3.self_attn.o_gate.weight",
     "unexpected_weight": "unexpected model.layers.3.self_attn.q_norm.weight",
-    "quantised": "quantization: expected none, got 'compressed-tensors'",
+    "unknown_quantisation": "or none, got 'int8_per_channel_weight_only'",
+    "fp8_weights": "quantization: 'fp8' needs a GPU",
     "float16_states": "mamba_ssm_cache_dtype: expected 'auto' or 'float32', got 'float16'",
     "pooling": "runner: expected 'generate', got 'pooling'",
     "odd_mlp": "tensor_parallel_size: expected a divisor of 255 MLP channels, got 2",
@@ -94,7 +95,6 @@ def errors(
         "num_speculative_tokens": 2,
     }
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
-    quantised = {"quant_method": "compressed-tensors", "config_groups": {}}
     misspelt = ["MiniCPMSalaForCausalLM"]
     jobs = {
         "fp8_cache": arguments(kv_cache_dtype="fp8"),
@@ -115,7 +115,8 @@ def errors(
         "wrong_override": arguments(hf_overrides={"always_sparse": "yes"}),
         "missing_weights": arguments(variant("missing_weights", edit_weights=drop_two)),
         "unexpected_weight": arguments(variant("unexpected_weight", edit_weights=add_norm)),
-        "quantised": arguments(with_fields("quantised", quantization_config=quantised)),
+        "unknown_quantisation": arguments(quantization="int8_per_channel_weight_only"),
+        "fp8_weights": arguments(quantization="fp8", dtype="bfloat16"),
         "float16_states": arguments(mamba_ssm_cache_dtype="float16"),
         "pooling": arguments(runner="pooling"),
         "odd_mlp": arguments(with_fields("odd_mlp", intermediate_size=255), tensor_parallel_size=2),
@@ -156,7 +157,7 @@ def test_a_device_without_kernels_is_refused() -> None:
     program = """
 from types import SimpleNamespace as Fake
 from vllm_ext.models import limits
-limits.current_platform = Fake(device_type="cuda")
+limits.current_platform = Fake(device_type="xpu", is_cuda=lambda: False)
 config = Fake(model_config=Fake(hf_config=Fake(spec=None)))
 try:
     limits.SalaLimits.verify_and_update_config(config)
@@ -166,4 +167,4 @@ except NotImplementedError as error:
     process = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
-    assert "SALA runs on the CPU only, got device 'cuda'" in process.stdout
+    assert "device: expected 'cuda' or 'cpu', got 'xpu'" in process.stdout

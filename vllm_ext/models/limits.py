@@ -42,6 +42,8 @@ class SalaLimits(VerifyAndUpdateConfig):
                 "quantization: expected "
                 f"{', '.join(repr(name) for name in _QUANTISATIONS if name)} or none, got {model.quantization!r}"
             )
+        if model.quantization == "fp8" and current_platform.device_type == "cpu":
+            raise ValueError("quantization: 'fp8' needs a GPU, vLLM has no such operators for CPUs")
 
         cache_dtype, model_dtype = cache.cache_dtype, model.dtype
         if cache_dtype != "auto" and STR_DTYPE_TO_TORCH_DTYPE.get(cache_dtype) != model_dtype:
