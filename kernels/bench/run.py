@@ -210,10 +210,10 @@ def sparse_cases(spec: SalaSpec, length: int, new: int) -> Iterator[Case]:
     blocks = select()
 
     def attend() -> Tensor:
-        return attend_blocks(q, cache, batch, blocks, 0)
+        return attend_blocks(q, cache, batch, blocks, sparse)
 
     def attend_all() -> Tensor:
-        return attend_blocks(q, cache, batch, blocks, DENSE_LEN)
+        return attend_blocks(q, cache, batch, blocks, replace(sparse, dense_len=DENSE_LEN))
 
     def attend_gate() -> None:
         last = slice(-min(new, 128), None)

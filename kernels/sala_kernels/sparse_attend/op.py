@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sala_kernels.checks import expect_dtype, expect_shape, require_cpu
+from sala_kernels.checks import expect_dtype, expect_shape
 from sala_kernels.paged import check_packed
 from sala_kernels.sparse_attend import torch_impl
 
@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sala_kernels.paged import PagedBatch, PagedCache
+    from sala_kernels.spec import SparseSpec
 
 
 def attend_blocks(
-    q: Tensor, cache: PagedCache, batch: PagedBatch, blocks: Tensor, dense_len: int
+    q: Tensor,
+    cache: PagedCache,
+    batch: PagedBatch,
+    blocks: Tensor,
+    sparse: SparseSpec,
+    output: Tensor | None = None,
 ) -> Tensor:
     """Attend the tokens of the selected blocks, at or before each query; dense tokens attend all.
 
@@ -28,16 +34,18 @@ def attend_blocks(
         q: [tokens, heads, dim] in the cache's dtype; sequences packed as ``batch`` says.
         cache: one layer's pages, this step's tokens already written.
         batch: sequences of this step.
-        blocks: [tokens, kv_heads, selected] int32 from ``select_blocks``; -1 = none.
-        dense_len: a token is dense iff its position + 1 < dense_len.
+        blocks: [tokens, kv_heads, selected] int32 as from ``select_blocks``: ascending, then -1. The list
+            of a sparse token must hold its initial, local and own blocks; that of a dense token is not read.
+        sparse: the selection's parameters; a token is dense iff its position + 1 < dense_len.
+        output: [tokens, heads, dim] in the dtype of ``q``, to write into; None = a new tensor.
 
     Returns:
-        [tokens, heads, dim] in the dtype of ``q``, computed in float32, softmax scale 1/sqrt(dim);
-        rows of no sequence are 0.
+        ``output``: softmax in float32, scale 1/sqrt(dim). Rows of no sequence hold anything.
 
     Raises:
-        ValueError: a shape or dtype does not fit the cache.
-        NotImplementedError: not on the CPU.
+        ValueError: a shape or dtype does not fit the cache; on a GPU also: dim is no power of two from 16
+            to 256, or over 64 heads share a KV head.
+        NotImplementedError: neither on the CPU nor on a CUDA GPU.
     """
     tokens, heads = q.shape[:2]
     kv_heads = cache.keys.shape[1]
@@ -46,5 +54,16 @@ def attend_blocks(
     expect_dtype("blocks", blocks, torch.int32)
     if heads % kv_heads:
         raise ValueError(f"q: expected a multiple of {kv_heads} KV heads, got {heads} heads")
-    require_cpu("attend_blocks", q)
-    return torch_impl.attend_blocks(q, cache, batch, blocks, dense_len)
+    if output is not None:
+        expect_shape("output", output, tuple(q.shape))
+        expect_dtype("output", output, q.dtype)
+    if q.device.type == "cuda":
+        # hosts without a GPU may lack Triton
+        from sala_kernels.sparse_attend import triton_impl
+
+        return triton_impl.attend_blocks(q, cache, batch, blocks, sparse, output)
+    if q.device.type != "cpu":
+        raise NotImplementedError(
+            f"attend_blocks runs on the CPU and on CUDA GPUs, got a tensor on {q.device}"
+        )
+    return torch_impl.attend_blocks(q, cache, batch, blocks, sparse, output)

@@ -12,23 +12,29 @@ from sala_kernels.spec import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from sala_kernels.paged import PagedBatch, PagedCache
+    from sala_kernels.spec import SparseSpec
 
 TILE_QUERIES = 32
 """Consecutive queries that share one gather: the union of their blocks is read once."""
 
 
 def attend_blocks(
-    q: Tensor, cache: PagedCache, batch: PagedBatch, blocks: Tensor, dense_len: int
+    q: Tensor,
+    cache: PagedCache,
+    batch: PagedBatch,
+    blocks: Tensor,
+    sparse: SparseSpec,
+    output: Tensor | None = None,
 ) -> Tensor:
     """Implement :func:`sala_kernels.sparse_attend.op.attend_blocks`."""
-    output = torch.zeros_like(q)
+    output = torch.zeros_like(q) if output is None else output
     for row in batch.host_rows():
         page_of_block = batch.block_table[row.sequence].long()
         for start in range(row.context_tokens, row.seq_len, TILE_QUERIES):
             position = torch.arange(start, min(start + TILE_QUERIES, row.seq_len))
             first_token = row.first_token + start - row.context_tokens
             tile = slice(first_token, first_token + len(position))
-            attended = _attended(blocks[tile], position, dense_len)
+            attended = _attended(blocks[tile], position, sparse.dense_len)
             output[tile] = _attend_tile(q[tile], cache, page_of_block, attended, position)
     return output
 
