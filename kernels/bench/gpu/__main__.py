@@ -64,19 +64,21 @@ def _lengths(text: str) -> set[int]:
     return {int(part) for part in text.split(",")}
 
 
+def _picked(repeats: dict[int, int], lengths: set[int]) -> dict[int, int]:
+    return {length: count for length, count in repeats.items() if length in lengths}
+
+
 def scale_of(options: argparse.Namespace) -> Scale:
     """Return the chosen scale with the command line's changes."""
     scale = SCALES[options.scale]
     engine = scale.sala_engine | options.engine
     scale = replace(scale, sala_engine=engine)
     if options.lengths:
-        picked = {
-            name: {
-                n: repeats for n, repeats in getattr(scale, name).items() if n in options.lengths
-            }
-            for name in ("lengths", "full_attention_lengths")
-        }
-        scale = replace(scale, **picked)
+        scale = replace(
+            scale,
+            lengths=_picked(scale.lengths, options.lengths),
+            full_attention_lengths=_picked(scale.full_attention_lengths, options.lengths),
+        )
     return scale
 
 

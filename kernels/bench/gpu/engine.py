@@ -99,7 +99,8 @@ class Engine:
     def random_ids(self, num_tokens: int) -> list[int]:
         """Return ids that no earlier call returned in this order."""
         high = self.config.model_config.get_vocab_size()
-        return torch.randint(3, high, (num_tokens,), generator=self._generator).tolist()
+        ids: list[int] = torch.randint(3, high, (num_tokens,), generator=self._generator).tolist()
+        return ids
 
     async def stream(self, ids: list[int], max_tokens: int, timed: Timed) -> None:
         """Run one request greedily to ``max_tokens``, filling ``timed`` as outputs come."""

@@ -58,6 +58,7 @@ def run(record: Recorder, scale: Scale) -> None:
         "max_num_seqs": 4,
         "max_num_batched_tokens": 2048,
         "kv_cache_memory_bytes": 1 << 30,
+        "enable_prefix_caching": False,
         "enforce_eager": scale.device == "cpu",
     }
     plain, _ = asyncio.run(_generate(arguments))

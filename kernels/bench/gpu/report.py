@@ -228,12 +228,24 @@ def latencies(results: Results) -> str:
     return "\n".join(rows)
 
 
+def _starts(results: Results) -> list[dict[str, Any]]:
+    found = (results.one(stage, START) for stage in STAGE_LIMIT_S)
+    return [line for line in found if line]
+
+
 def markdown(results: Results) -> str:
     """Format everything."""
     parts = [
         "# GPU benchmark",
         "Each figure is a median; `results.jsonl` has the spread and settings.",
     ]
+    arguments = [
+        argument for line in _starts(results) for argument in line["settings"].get("arguments", ())
+    ]
+    if "miniature" in arguments:
+        parts.append(
+            "**A miniature on a CPU: it shows that the benchmark runs, its times mean nothing.**"
+        )
     runs = ["| stage | outcome | s | device | versions | commit |"]
     runs.append("| --- | --- | --- | --- | --- | --- |")
     for stage in STAGE_LIMIT_S:

@@ -83,7 +83,8 @@ def _event_us(call: Callable[[], object]) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    elapsed_ms: float = start.elapsed_time(end)
+    return elapsed_ms * 1e3
 
 
 def measure_ceilings(device: str) -> Ceilings:
