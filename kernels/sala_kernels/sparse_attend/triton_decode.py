@@ -13,6 +13,7 @@ from sala_kernels.sparse_attend.triton_softmax import (
     NO_MAX,
     accumulate,
     find_sequence,
+    num_stages,
     page_cells,
 )
 from sala_kernels.spec import BLOCK_TOKENS
@@ -39,7 +40,7 @@ def attend_decodes(
     *,
     num_splits: int | None = None,
     num_warps: int = 4,
-    num_stages: int | None = None,
+    stages: int | None = None,
 ) -> None:
     """Attend the tokens of the batch's decodes.
 
@@ -52,16 +53,13 @@ def attend_decodes(
         output: as ``q``; written.
         num_splits: programs a (token, KV head), a power of two; None = by shape.
         num_warps: of a program.
-        num_stages: blocks in flight in a program; None = by shape.
+        stages: blocks in flight in a program; None = by shape.
     """
     tokens = batch.num_decode_tokens
     _, heads, dim = q.shape
     kv_heads = cache.keys.shape[1]
     group = heads // kv_heads
     num_splits = num_splits or _num_splits(tokens * kv_heads, blocks.shape[-1], sparse.dense_len)
-    if num_stages is None:
-        row_bytes = dim * q.element_size()
-        num_stages = 1 if row_bytes > 512 else 2 if row_bytes > 256 else 3
     partial = torch.empty(tokens, heads, num_splits, dim, dtype=torch.float32, device=q.device)
     log_sum_exp = partial.new_empty(tokens, heads, num_splits)
     is_single = batch.num_decode_tokens == batch.num_decodes
@@ -94,7 +92,7 @@ def attend_decodes(
         block_tokens=BLOCK_TOKENS,
         precision="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=stages or num_stages(dim, q.element_size()),
     )
     _combine[tokens, heads](
         partial,
@@ -188,9 +186,15 @@ def _attend_split(  # type: ignore[no-untyped-def]
     weighted = tl.full([padded_group, dim], 0.0, tl.float32)
     row_max = tl.full([padded_group], NO_MAX, tl.float32)
     row_sum = tl.full([padded_group], 0.0, tl.float32)
-    for index in range(first, end):
-        block = tl.load(listed + index, mask=(index < num_selected) & (not is_dense), other=index)
-        page = tl.load(pages + block)
+    block = tl.load(listed + first, mask=(first < num_selected) & (not is_dense), other=first)
+    page = tl.load(pages + block)
+    for index in range(first + 1, end + 1):
+        # looked up a step ahead, so that it costs no stage of the pipeline
+        ahead = tl.minimum(index, end - 1)
+        next_block = tl.load(
+            listed + ahead, mask=(ahead < num_selected) & (not is_dense), other=ahead
+        )
+        next_page = tl.load(pages + next_block)
         # tokens after the query are hidden; cells past the sequence were never written
         visible = block * block_tokens + tl.arange(0, block_tokens) <= position
         key = tl.load(
@@ -208,6 +212,8 @@ def _attend_split(  # type: ignore[no-untyped-def]
         weighted, row_max, row_sum = accumulate(
             scores, value, exists, weighted, row_max, row_sum, precision
         )
+        block = next_block
+        page = next_page
     row_sum = tl.where(exists, row_sum, 1.0)
     tl.store(
         partial + part[:, None] * dim + element[None, :],

@@ -19,6 +19,7 @@ from sala_kernels.sparse_attend.triton_softmax import (
     NO_MAX,
     accumulate,
     find_sequence,
+    num_stages,
     page_cells,
 )
 from sala_kernels.spec import BLOCK_TOKENS
@@ -52,6 +53,9 @@ def attend_prefill(
 ) -> None:
     """Attend the tokens after the batch's decodes.
 
+    Computes ``4 tokens heads dim 64`` FLOP a block: (init + local + 1) blocks a token in the first pass, in
+    the second the union of its tile's. Each program reads ``128 dim`` elements a block, from L2 at best.
+
     Args:
         q: [tokens, heads, dim], the last axis contiguous.
         cache: one layer's pages.
@@ -68,7 +72,7 @@ def attend_prefill(
     padded_group = triton.next_power_of_2(group)
     num_seqs = batch.seq_lens.shape[0]
     shared = shared or _shared_tiling(padded_group, dim, q.element_size())
-    chosen = chosen or _chosen_tiling(dim, q.element_size())
+    chosen = chosen or _chosen_tiling(padded_group, dim, q.element_size())
     # [tokens, heads]: the passes meet here
     log_sum_exp = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     rows = (batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0))
@@ -139,14 +143,14 @@ def attend_prefill(
 
 
 def _shared_tiling(padded_group: int, dim: int, element_bytes: int) -> Tiling:
-    # a wide row needs the registers and the shared memory of two
-    is_wide = dim * element_bytes > 256
-    queries = max(1, min(BLOCK_TOKENS, (64 if is_wide else 128) // padded_group))
-    return Tiling(queries, 4 if is_wide else 8, 1 if dim * element_bytes > 512 else 3 - is_wide)
+    rows = 32 if element_bytes == 4 else 64 if dim == 256 else 128
+    queries = max(1, min(BLOCK_TOKENS, rows // padded_group))
+    return Tiling(queries, rows // 16 if rows > 32 else 4, num_stages(dim, element_bytes))
 
 
-def _chosen_tiling(dim: int, element_bytes: int) -> Tiling:
-    return Tiling(4, 4, 1 if dim * element_bytes > 512 else 3 - (dim * element_bytes > 256))
+def _chosen_tiling(padded_group: int, dim: int, element_bytes: int) -> Tiling:
+    # four queries of 16 heads fill a matrix instruction of 64 rows
+    return Tiling(max(1, min(4, 64 // padded_group)), 4, num_stages(dim, element_bytes))
 
 
 def _tiles(batch: PagedBatch, tokens: int, queries: int) -> tuple[int, int]:
@@ -256,9 +260,12 @@ def _attend_shared(  # type: ignore[no-untyped-def]
     weighted = tl.full([tile_queries * padded_group, dim], 0.0, tl.float32)
     row_max = tl.full([tile_queries * padded_group], NO_MAX, tl.float32)
     row_sum = tl.full([tile_queries * padded_group], 0.0, tl.float32)
-    for index in range(num_init + own - run_start):
-        block = tl.where(index < num_init, index, index - num_init + run_start)
-        page = tl.load(pages + block)
+    block = tl.where(num_init > 0, 0, run_start)
+    page = tl.load(pages + block)
+    for index in range(1, num_init + own - run_start + 1):
+        # the next page is looked up a step ahead, so that the look-up costs no stage of the pipeline
+        next_block = tl.where(index < num_init, index, index - num_init + run_start)
+        next_page = tl.load(pages + next_block)
         key = tl.load(page_cells(keys + head_offset, page, page_stride, block_tokens, dim))
         value = tl.load(page_cells(values + head_offset, page, page_stride, block_tokens, dim))
         scores = tl.dot(query, tl.trans(key), input_precision=precision) * score_scale
@@ -267,9 +274,10 @@ def _attend_shared(  # type: ignore[no-untyped-def]
         weighted, row_max, row_sum = accumulate(
             scores, value, attended, weighted, row_max, row_sum, precision
         )
+        block = next_block
+        page = next_page
 
-    # the own block holds tokens after the query, and cells that were never written
-    page = tl.load(pages + own)
+    # the last is the own block: it holds tokens after the query, and cells that were never written
     key_position = own * block_tokens + tl.arange(0, block_tokens)
     written = (key_position < seq_len)[:, None]
     key = tl.load(
@@ -325,7 +333,8 @@ def _list_chosen(  # type: ignore[no-untyped-def]
 ):
     """List the pages that a tile's sparse queries chose beyond the shared blocks, each once.
 
-    Entries are page * 2**tile_queries + a bit for each query that chose it; ``counts`` says how many.
+    Entries are page * 2**tile_queries + a bit for each query that chose it, 31 bits in all; ``counts``
+    says how many.
     """
     program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     sequence, first_token, context, seq_len, start = _locate_tile(
@@ -432,8 +441,9 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     entries = lists + tl.program_id(0).to(tl.int64) * list_tile_stride
     entries += tl.program_id(1) * list_head_stride
     bit = tl.arange(0, tile_queries * padded_group) // padded_group
-    for index in range(count):
-        entry = tl.load(entries + index)
+    entry = tl.load(entries)
+    for index in range(1, count + 1):
+        next_entry = tl.load(entries + tl.minimum(index, count - 1))
         page = entry >> tile_queries
         key = tl.load(page_cells(keys + head_offset, page, page_stride, block_tokens, dim))
         value = tl.load(page_cells(values + head_offset, page, page_stride, block_tokens, dim))
@@ -442,6 +452,7 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
         weighted, row_max, row_sum = accumulate(
             scores, value, attended, weighted, row_max, row_sum, precision
         )
+        entry = next_entry
     tl.store(
         output_cells,
         (weighted / row_sum[:, None]).to(output.dtype.element_ty),

@@ -11,6 +11,11 @@ NO_MAX = tl.constexpr(-1e30)
 """Maximum of no score. Finite: the difference of two of them is 0, not NaN."""
 
 
+def num_stages(dim: int, element_bytes: int) -> int:
+    """Return how many blocks may be in flight, so that their keys and values fit the shared memory."""
+    return {256: 3, 512: 2, 1024: 1}[max(256, dim * element_bytes)]
+
+
 @triton.jit
 def find_sequence(  # type: ignore[no-untyped-def]
     query_start_loc, first, last, index, tile_queries: tl.constexpr, spare_tiles: tl.constexpr
