@@ -36,7 +36,7 @@ class SchedulerOptions:
     """Most tokens of a long prefill in one step while short requests are about. vLLM's own
     ``long_prefill_token_threshold``, where set, still holds for every request."""
     quiet_s: float = 30.0
-    """Time without short requests after which long prefills take whole steps again."""
+    """Time since a short request arrived after which long prefills take whole steps again."""
     long_steps_per_gap: int = 8
     """Steps a long prefill computes between two gaps, of one or two steps, for newly arrived short requests."""
     max_long_prefills: int = 1
@@ -112,9 +112,11 @@ class _SharedSteps(Scheduler):
             if request.request_id in self._num_uncached_tokens
         }
         is_short_waiting = any(not self._is_long(request) for request in self.waiting)
-        if is_short_waiting or any(not self._is_long(request) for request in self.running):
+        if is_short_waiting:
             self._last_short_at_s = now_s
-        is_quiet = now_s - self._last_short_at_s > options.quiet_s
+        # who reads one document after another brings no short requests, only answers while they are written
+        is_answering = any(not self._is_long(request) for request in self.running)
+        is_quiet = not is_answering and now_s - self._last_short_at_s > options.quiet_s
         self._chunk_limit_tokens = None if is_quiet else options.long_chunk_tokens
         if self._num_gap_steps == 1:
             # vLLM computes a prompt's last tokens in a step of their own, to keep the state before them

@@ -37,10 +37,6 @@ def assert_greedy(
             assert output["tokens"] == oracle.next_tokens(prompt, output["tokens"])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="hits inside a block copy part of a page: docs/decisions/0007-prefix-cache-policy.md",
-)
 def test_what_is_reused(engine: Engine, oracle: Oracle) -> None:
     document = text(2030, seed=1)
     answered = text(1500, seed=2)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# set here, not in the environment: it is read when a kernel module is imported, and other processes that the
-# tests start must not inherit it
-triton.knobs.runtime.interpret = DEVICE == "cpu"
+if DEVICE == "cpu":
+    # Triton's own functions (tl.sum) are decorated when it is imported, ours when they are; other processes that
+    # the tests start must not inherit it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton
+    triton.knobs.runtime.interpret = True
 
 
 @pytest.fixture(scope="session")

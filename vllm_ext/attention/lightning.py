@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from vllm.v1.attention.backends.utils import (
     mamba_get_block_table_tensor,
     split_decodes_and_prefills,
 )
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from sala_kernels.lightning.op import StateBatch, lightning_attention
 from sala_kernels.spec import SalaSpec, decay_slopes
@@ -215,3 +217,21 @@ class LightningState(nn.Module, MambaBase):
     def get_state_dtype(self) -> tuple[torch.dtype]:
         """Return float32, whatever the model's dtype: rounding errors would add up over the context."""
         return (torch.float32,)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """Describe the state as filling the page that it shares with a sparse layer's keys and values.
+
+        vLLM 0.32 copies a block that requests share in part (copy on write) through the first of the two layers'
+        views, so a view of the state alone would leave the end of the page behind: stale keys in whatever hits
+        inside a block. Until vLLM copies whole pages.
+        """
+        spec = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(spec, MambaSpec)
+        num_padding_bytes = spec.page_size_bytes - spec.state_content_size_bytes
+        if num_padding_bytes == 0:
+            return spec
+        return replace(
+            spec,
+            shapes=(*spec.shapes, (num_padding_bytes,)),
+            dtypes=(*spec.dtypes, torch.int8),
+        )

@@ -156,8 +156,7 @@ class SparseImpl(AttentionImpl[PagedBatch]):
             return output.zero_()
         write_cache(key, value, kv_cache, attn_metadata)
         blocks = select_blocks(self._group(query), kv_cache, attn_metadata, self.sparse)
-        attended = attend_blocks(query, kv_cache, attn_metadata, blocks, self.sparse.dense_len)
-        return output.copy_(attended)
+        return attend_blocks(query, kv_cache, attn_metadata, blocks, self.sparse, output)
 
     def _group(self, query: Tensor) -> Tensor:
         """Collect all query heads of this rank's KV heads, whose scores are summed before blocks are chosen.

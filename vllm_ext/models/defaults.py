@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from sala_kernels.spec import LayerKind
+from sala_kernels.spec import BLOCK_TOKENS, LayerKind
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,6 +40,8 @@ def set_defaults(vllm_config: VllmConfig) -> None:
         cache.user_specified_block_size = True
     if not cache.enable_prefix_caching:
         return
+    if cache.prefix_match_unit is None:
+        cache.prefix_match_unit = BLOCK_TOKENS
     if cache.prefix_cache_retention_interval == 0:
         interval = vllm_config.additional_config.get(INTERVAL_KEY)
         if interval is None:

@@ -45,6 +45,17 @@ if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_QKV_SHARDS: dict[str, tuple[str, str | int]] = {
+    f"{part}_proj": ("qkv_proj", part) for part in ("q", "k", "v")
+}
+_QKVZ_SHARDS: dict[str, tuple[str, str | int]] = {
+    f"{part}_proj": ("qkvz_proj", index) for index, part in enumerate(("q", "k", "v", "z"))
+}
+_MLP_SHARDS: dict[str, tuple[str, str | int]] = {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+"""Released projection -> the layer that holds it, and its shard there."""
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of the step's positions, each [tokens, dim / 2] float32."""
 
@@ -131,12 +142,25 @@ class LightningMixer(nn.Module):
         hidden, heads, dim = spec.hidden_size, spec.lightning_num_heads, spec.lightning_head_dim
         quant = vllm_config.quant_config
         self.head_dim, self.eps = dim, spec.rms_norm_eps
-        self.qkv_proj = QKVParallelLinear(
-            hidden, dim, heads, heads, bias=False, quant_config=quant, prefix=f"{prefix}.qkv_proj"
-        )
-        self.z_proj = ColumnParallelLinear(
-            hidden, heads * dim, bias=False, quant_config=quant, prefix=f"{prefix}.z_proj"
-        )
+        # one product of four reads the weights of a decode faster; a quantisation may leave the gate out
+        self.is_gate_fused = quant is None
+        if self.is_gate_fused:
+            self.qkvz_proj = MergedColumnParallelLinear(
+                hidden, 4 * [heads * dim], bias=False, prefix=f"{prefix}.qkvz_proj"
+            )
+        else:
+            self.qkv_proj = QKVParallelLinear(
+                hidden,
+                dim,
+                heads,
+                heads,
+                bias=False,
+                quant_config=quant,
+                prefix=f"{prefix}.qkv_proj",
+            )
+            self.z_proj = ColumnParallelLinear(
+                hidden, heads * dim, bias=False, quant_config=quant, prefix=f"{prefix}.z_proj"
+            )
         self.o_proj = RowParallelLinear(
             heads * dim, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
@@ -147,8 +171,13 @@ class LightningMixer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Map [tokens, hidden] to the same."""
-        qkv, _ = self.qkv_proj(x)
-        gate, _ = self.z_proj(x)
+        if self.is_gate_fused:
+            qkvz, _ = self.qkvz_proj(x)
+            width = qkvz.shape[-1] // 4
+            qkv, gate = qkvz.split([3 * width, width], dim=-1)
+        else:
+            qkv, _ = self.qkv_proj(x)
+            gate, _ = self.z_proj(x)
         norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.chunk(3, dim=-1))
         output, _ = self.o_proj(self.o_norm(self.state(q, k, v).flatten(1), gate))
@@ -220,6 +249,7 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
 
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "qkvz_proj": ["q_proj", "k_proj", "v_proj", "z_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
@@ -233,6 +263,11 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
         if self.spec.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.spec.vocab_size)
+        self._mixers = {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, LightningMixer | SparseMixer)
+        }
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embed tokens [tokens] as [tokens, hidden]."""
@@ -299,7 +334,7 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
         missing = self._expected_weights()
         loaded, problems = set(), []
         for name, tensor in weights:
-            parameter_name, shard = _fused_name(name)
+            parameter_name, shard = self._fused_name(name)
             if name.endswith(".g_idx") and parameter_name not in parameters:
                 # GPTQ's order of input channels: the identity, other orders are refused by vLLM
                 continue
@@ -329,23 +364,22 @@ class SalaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCac
         expected: dict[str, tuple[int, ...] | None] = {}
         for name, shape in self.spec.weight_shapes().items():
             module = name.rpartition(".")[0]
-            fused_module = _fused_name(name)[0].rpartition(".")[0]
+            fused_module = self._fused_name(name)[0].rpartition(".")[0]
             for leaf, _ in self.get_submodule(fused_module).named_parameters(recurse=False):
                 expected[f"{module}.{leaf}"] = shape if leaf == "weight" else None
         return expected
 
-
-def _fused_name(name: str) -> tuple[str, tuple[str | int, ...]]:
-    """Return the parameter that holds a weight, and which shard of it when vLLM fuses several."""
-    shards: dict[str, tuple[str, str | int]] = {
-        "q_proj": ("qkv_proj", "q"),
-        "k_proj": ("qkv_proj", "k"),
-        "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", 0),
-        "up_proj": ("gate_up_proj", 1),
-    }
-    *path, module, leaf = name.split(".")
-    if module not in shards:
-        return name, ()
-    fused, shard = shards[module]
-    return ".".join([*path, fused, leaf]), (shard,)
+    def _fused_name(self, name: str) -> tuple[str, tuple[str | int, ...]]:
+        """Return the parameter that holds a weight, and which shard of it when several are fused."""
+        *path, module, leaf = name.split(".")
+        mixer = self._mixers.get(".".join(path))
+        if mixer is None:
+            shards = _MLP_SHARDS
+        elif isinstance(mixer, LightningMixer) and mixer.is_gate_fused:
+            shards = _QKVZ_SHARDS
+        else:
+            shards = _QKV_SHARDS
+        if module not in shards:
+            return name, ()
+        fused, shard = shards[module]
+        return ".".join([*path, fused, leaf]), (shard,)
