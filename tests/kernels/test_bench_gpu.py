@@ -271,9 +271,10 @@ def test_stages_are_chosen_and_resumed(
 def test_the_command_line_changes_the_scale() -> None:
     options = command.parse(["--lengths", "16384,131072", "--engine", '{"max_num_seqs": 4}'])
     scale = command.scale_of(options)
-    assert scale.lengths == {16 * K: 3, 128 * K: 2}
+    assert scale.lengths == {16 * K: 3, 128 * K: 1}
     assert scale.sala_engine["max_num_seqs"] == 4
-    assert scale.sala_engine["max_num_batched_tokens"] == 8192
+    assert scale.one_request_engine["max_num_seqs"] == 4
+    assert scale.sala_engine["max_num_batched_tokens"] == 8448
     # the served context stays: decode is laid out for it
     assert scale.max_model_len == H200.max_model_len == 513 * 2048
 

@@ -71,8 +71,11 @@ def _picked(repeats: dict[int, int], lengths: set[int]) -> dict[int, int]:
 def scale_of(options: argparse.Namespace) -> Scale:
     """Return the chosen scale with the command line's changes."""
     scale = SCALES[options.scale]
-    engine = scale.sala_engine | options.engine
-    scale = replace(scale, sala_engine=engine)
+    scale = replace(
+        scale,
+        sala_engine=scale.sala_engine | options.engine,
+        one_request_engine=scale.one_request_engine | options.engine,
+    )
     if options.lengths:
         scale = replace(
             scale,

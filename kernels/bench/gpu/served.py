@@ -146,9 +146,9 @@ async def serving(record: Recorder, scale: Scale, folder: Path) -> None:
         async def short() -> Timed:
             return await engine.timed(engine.random_ids(SHORT_TOKENS), SHORT_OUTPUT_TOKENS)
 
-        await short()
-        await asyncio.sleep(scale.quiet_s)
+        # first: for a while after a short request the scheduler keeps long prefills to small steps
         alone = await engine.timed(engine.random_ids(scale.long_tokens), max_tokens=1)
+        await short()
         idle = [await short() for _ in range(IDLE_REQUESTS)]
         record.write("short_idle", **latencies(idle), prompt_tokens=SHORT_TOKENS)
         interval_s = alone.ttft_s / (scale.num_arrivals + 1)

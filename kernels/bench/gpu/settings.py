@@ -79,8 +79,6 @@ class Scale:
     sala_engine: dict[str, Any] = field(default_factory=dict)
     one_request_engine: dict[str, Any] = field(default_factory=dict)
     """More SALA arguments where requests are timed one after another."""
-    quiet_s: float = 0.0
-    """Pause after which the scheduler takes a prefill for the only request."""
     full_attention_engine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,7 +95,7 @@ class Scale:
         )
         model = _write_config(folder / "sala", config)
         arguments = {"max_model_len": self.max_model_len} | self.common_engine
-        arguments |= (self.one_request_engine if one_request else {}) | self.sala_engine
+        arguments |= self.sala_engine | (self.one_request_engine if one_request else {})
         return {"model": model, "dtype": self.dtype, "load_format": LOAD_FORMAT} | arguments
 
     def full_attention_arguments(self, folder: Path) -> dict[str, Any]:
@@ -119,8 +117,8 @@ def _write_config(folder: Path, config: dict[str, Any]) -> str:
 H200 = Scale(
     device="cuda",
     dtype="bfloat16",
-    lengths={16 * K: 3, 64 * K: 3, 128 * K: 2, 256 * K: 1, 512 * K: 1, 1024 * K: 1},
-    full_attention_lengths={16 * K: 3, 64 * K: 2, 128 * K: 1, 256 * K: 1, 512 * K: 1},
+    lengths={16 * K: 3, 64 * K: 2, 128 * K: 1, 256 * K: 1, 512 * K: 1, 1024 * K: 1},
+    full_attention_lengths={16 * K: 2, 64 * K: 1, 128 * K: 1, 256 * K: 1, 512 * K: 1},
     warm_up_tokens=(20_000, 40_000),
     long_tokens=1024 * K,
     batch=(16, 128 * K),
@@ -130,12 +128,13 @@ H200 = Scale(
     selection_lengths=(8 * K, 64 * K, 1024 * K),
     greedy_lengths=(9001, 12_345, 16_000),
     common_engine={"skip_tokenizer_init": True, "gpu_memory_utilization": 0.92},
-    sala_engine={"max_num_batched_tokens": 8192, "max_num_seqs": 32},
-    # without these a prefill takes small steps for 30 s after any answer, in case more short requests come
+    # a whole number of blocks, and room for the tokens of running answers
+    sala_engine={"max_num_batched_tokens": 8192 + 256, "max_num_seqs": 16},
+    # the steps that suit each when it has the GPU to itself
     one_request_engine={
-        "additional_config": {"sala_scheduler": {"quiet_s": 0, "long_chunk_tokens": 8192}}
+        "max_num_batched_tokens": 16384,
+        "additional_config": {"sala_scheduler": {"quiet_s": 0, "long_chunk_tokens": 16384}},
     },
-    quiet_s=31.0,
     full_attention_engine={
         # the start of a long prefill is not compiled (mode 0): compiled or not, TTFT is the same there
         "max_num_batched_tokens": 16384,
