@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
         import triton
     triton.knobs.runtime.interpret = True
+    os.environ.pop("TRITON_INTERPRET")
 
 
 @pytest.fixture(scope="session")

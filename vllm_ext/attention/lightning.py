@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from sala_kernels.lightning.op import StateBatch, lightning_attention
 from sala_kernels.spec import SalaSpec, decay_slopes
+from sala_kernels.warm_up import warm_up_lightning
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -89,6 +90,10 @@ class LightningMetadataBuilder(ShortConvAttentionMetadataBuilder):
         if device.type == "cuda":
             # the attribute's presence asks vLLM to find the slots of all groups in one kernel, each step
             self.mamba_aligned_state_indices: Tensor | None = None
+            model, tp_size = vllm_config.model_config, get_tensor_model_parallel_world_size()
+            spec: SalaSpec = model.hf_config.spec
+            num_heads = spec.lightning_num_heads // tp_size
+            warm_up_lightning(num_heads, spec.lightning_head_dim, model.dtype, device)
 
     def build(
         self,

@@ -26,9 +26,12 @@ from sala_kernels.paged import PagedBatch, PagedCache, cell_elements, view_pages
 from sala_kernels.sparse_attend.op import attend_blocks
 from sala_kernels.sparse_index.op import select_blocks
 from sala_kernels.spec import BLOCK_TOKENS, SparseSpec
+from sala_kernels.warm_up import warm_up_sparse
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 
@@ -77,10 +80,28 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[PagedBatch]):
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # sequences with drafts to verify count as decodes
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        if device.type == "cuda":
+            model, parallel = vllm_config.model_config, vllm_config.parallel_config
+            spec, tp_size = model.hf_config.spec, parallel.tensor_parallel_size
+            warm_up_sparse(
+                spec.sparse,
+                heads=spec.num_heads // tp_size,
+                kv_heads=max(1, spec.num_kv_heads // tp_size),
+                dim=spec.head_dim,
+                max_seq_len=model.max_model_len,
+                dtype=model.dtype,
+                device=device,
+            )
 
     def build(
         self,

@@ -76,7 +76,7 @@ def write_cache(k: Tensor, v: Tensor, cache: PagedCache, batch: PagedBatch) -> N
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _write_cache_kernel(  # type: ignore[no-untyped-def]
     k_ptr,
     v_ptr,

@@ -48,7 +48,7 @@ DECODE_PROGRAMS = 512
 MAX_SPLITS = 128
 """Shares of the keys of one (token, KV head)."""
 SHORT_BLOCKS = 2048
-"""Blocks of a sequence that the top-k treats as short in a graph made for longer ones."""
+"""Blocks of a sequence that the top-k treats as short: fewer are not worth a kernel of their own."""
 MAX_BLOCKS = 1 << 16
 """Blocks of a sequence; the top-k holds their scores in registers."""
 
@@ -97,6 +97,16 @@ def _check(q: Tensor, cache: PagedCache, batch: PagedBatch, sparse: SparseSpec) 
         )
 
 
+class _Bound(NamedTuple):
+    """What the longest sequence that a launch must take asks for."""
+
+    any_scored: bool
+    max_blocks: int
+    """Width of the top-k, a power of two; 0 = it reads no scores."""
+    row_blocks: int
+    """Blocks of a row of the workspace."""
+
+
 class _Run:
     """One call's tensors and the constants that its launches share."""
 
@@ -111,12 +121,7 @@ class _Run:
         self.num_seqs = batch.seq_lens.shape[0]
         # a query with no more blocks than it may select takes them all: no scores needed
         self.first_scored = max(sparse.dense_len - 1, sparse.num_selected_blocks * BLOCK_TOKENS)
-        self.any_scored = batch.max_seq_len > self.first_scored
         self.is_float32 = q.dtype == torch.float32
-        num_blocks = max(-(-batch.max_seq_len // BLOCK_TOKENS), 128)
-        self.max_blocks = triton.next_power_of_2(num_blocks)
-        # shares of a tile of 64 pages at most, so that stores past the end stay inside the row
-        self.row_blocks = -(-num_blocks // 64) * 64
         self.scale = self.dim**-0.5 * math.log2(math.e)
         self.common = {
             "kv_heads": self.kv_heads,
@@ -128,8 +133,10 @@ class _Run:
     def prefill(self, first_token: int, end_token: int) -> None:
         """Select for the packed tokens [first_token, end_token), tiles of queries of one sequence."""
         first_seq, num_prefills = self.batch.num_decodes, self.num_seqs - self.batch.num_decodes
-        if not (self.any_scored and num_prefills):
-            self._select(self.blocks, first_token, end_token, one_token_each=False)
+        bound = self._bound(self.batch.max_seq_len)
+        if not (bound.any_scored and num_prefills):
+            bound = bound._replace(max_blocks=0)
+            self._select(self.blocks, first_token, end_token, bound, one_token_each=False)
             return
         log_normaliser = torch.empty(
             (end_token - first_token, self.kv_heads * self.group),
@@ -164,9 +171,9 @@ class _Run:
         )
 
         tiling, queries = self._prefill_tiling(PREFILL_SCORES, heads)
-        token_bytes = 2 * self.kv_heads * self.row_blocks * self.q.element_size()
+        token_bytes = 2 * self.kv_heads * bound.row_blocks * self.q.element_size()
         slice_tokens = min(end_token - first_token, max(queries, WORKSPACE_BYTES // token_bytes))
-        scores = self._workspace(slice_tokens)
+        scores = self._workspace(slice_tokens, bound)
         for start in range(first_token, end_token, slice_tokens):
             end = min(start + slice_tokens, end_token)
             grid = ((end - start) // queries + num_prefills, self.kv_heads)
@@ -196,13 +203,16 @@ class _Run:
                 num_warps=tiling.num_warps,
                 num_stages=tiling.num_stages,
             )
-            self._select(scores, start, end, one_token_each=False)
+            self._select(scores, start, end, bound, one_token_each=False)
 
     def decode(self, num_tokens: int) -> None:
         """Select for the first packed tokens, the keys of each split over programs."""
         one_token_each = num_tokens == self.batch.num_decodes
-        if not self.any_scored:
-            self._select(self.blocks, 0, num_tokens, one_token_each)
+        # by what the tables hold, not by the step: the kernels of captured graphs then serve every step
+        bound = self._bound(self.batch.block_table.shape[-1] * BLOCK_TOKENS)
+        if not bound.any_scored:
+            bound = bound._replace(max_blocks=0)
+            self._select(self.blocks, 0, num_tokens, bound, one_token_each)
             return
         heads = max(16, triton.next_power_of_2(self.group))
         splits = triton.next_power_of_2(-(-DECODE_PROGRAMS // (num_tokens * self.kv_heads)))
@@ -213,7 +223,7 @@ class _Run:
             dtype=torch.float32,
             device=self.q.device,
         )
-        scores = self._workspace(num_tokens)
+        scores = self._workspace(num_tokens, bound)
         stats = FLOAT32 if self.is_float32 else DECODE_STATS
         tiling = FLOAT32 if self.is_float32 else DECODE_SCORES
         rows = (
@@ -261,7 +271,7 @@ class _Run:
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
         )
-        self._select(scores, 0, num_tokens, one_token_each)
+        self._select(scores, 0, num_tokens, bound, one_token_each)
 
     def _prefill_tiling(self, tiling: Tiling, heads: int) -> tuple[Tiling, int]:
         """Return the tiling for these inputs and its queries a program."""
@@ -279,15 +289,25 @@ class _Run:
             "max_score": torch.finfo(self.q.dtype).max,
         }
 
-    def _workspace(self, tokens: int) -> Tensor:
+    def _bound(self, max_seq_len: int) -> _Bound:
+        num_blocks = -(-max_seq_len // BLOCK_TOKENS)
+        return _Bound(
+            any_scored=max_seq_len > self.first_scored,
+            max_blocks=max(triton.next_power_of_2(num_blocks), SHORT_BLOCKS),
+            # shares of a tile of 64 pages at most, so that stores past the end stay inside the row
+            row_blocks=max(-(-num_blocks // 64) * 64, 128),
+        )
+
+    def _workspace(self, tokens: int, bound: _Bound) -> Tensor:
         """Allocate page scores, [2, tokens, kv_heads, blocks]: the two planes of a block's score."""
-        shape = (2, tokens, self.kv_heads, self.row_blocks)
+        shape = (2, tokens, self.kv_heads, bound.row_blocks)
         return torch.empty(shape, dtype=self.q.dtype, device=self.q.device)
 
-    def _select(self, scores: Tensor, start: int, end: int, one_token_each: bool) -> None:
+    def _select(
+        self, scores: Tensor, start: int, end: int, bound: _Bound, one_token_each: bool
+    ) -> None:
         """Write the rows [start, end); ``scores`` is any tensor when none of them is scored."""
-        selected = self.sparse.num_selected_blocks
-        max_blocks = self.max_blocks if self.any_scored else 0
+        selected, max_blocks = self.sparse.num_selected_blocks, bound.max_blocks
         kernels.select_kernel[((end - start) * self.kv_heads,)](
             self.blocks,
             scores,

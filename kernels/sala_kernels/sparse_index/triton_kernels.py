@@ -195,7 +195,7 @@ def _stats_step(
     return new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "end_token", "first_seq", "num_seqs"])
 def prefill_stats_kernel(
     log_normaliser, q, coarse, block_table, query_start_loc, seq_lens,
     first_token, end_token, first_seq, num_seqs, first_scored, scale,
@@ -248,7 +248,9 @@ def prefill_stats_kernel(
     tl.store(log_normaliser + pointer, top * scale + tl.log2(total), mask=exists)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_token", "end_token", "first_seq", "num_seqs", "first_stats_token"]
+)
 def prefill_scores_kernel(
     out, q, fine, log_normaliser, block_table, query_start_loc, seq_lens,
     first_token, end_token, first_seq, num_seqs, first_scored, first_stats_token, scale,
@@ -307,7 +309,7 @@ def prefill_scores_kernel(
 # ------------------------------------------------------------------------------------------ decode
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def decode_stats_kernel(
     partial, q, coarse, block_table, query_start_loc, seq_lens, num_seqs, first_scored, scale,
     stride_q_token, stride_q_head, stride_page, stride_kv_head, stride_table,
@@ -355,7 +357,7 @@ def _share(num_tiles, split, num_splits: tl.constexpr):
     return start, tl.minimum(start + tiles_a_split, num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def decode_scores_kernel(
     out, q, fine, partial, block_table, query_start_loc, seq_lens, num_seqs, first_scored, scale,
     stride_q_token, stride_q_head, stride_page, stride_kv_head, stride_row, stride_table,
@@ -440,7 +442,7 @@ def _store_best(
     tl.store(out + above_before + tl.minimum(equal_before, room), block, mask=taken)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "num_seqs", "dense_len"])
 def select_kernel(
     out, scores, query_start_loc, seq_lens, first_token, num_seqs, dense_len,
     plane_stride, stride_scores,
