@@ -102,7 +102,7 @@ def lightning_case(spec: SalaSpec, seqs: int, tokens: int) -> Case:
     state = before.clone()
     batch = StateBatch(
         torch.arange(seqs + 1, dtype=torch.int32) * tokens,
-        torch.arange(seqs, dtype=torch.int32),
+        torch.arange(seqs, dtype=torch.int32)[:, None],
         torch.full((seqs,), is_decode),
         tokens,
     )
