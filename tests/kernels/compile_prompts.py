@@ -65,7 +65,14 @@ def main() -> None:
         warm_up.warm_up_sparse(SPARSE, HEADS, KV_HEADS, DIM, MAX_SEQ_LEN, torch.bfloat16, cpu)
         warm_up.warm_up_lightning(HEADS, DIM, torch.bfloat16, cpu)
         num_warmed = len(kernels)
-        for length, new in ((500, 500), (8192, 8192), (9001, 101), (70_000, 2048), (150_000, 17)):
+        for length, new in (
+            (500, 500),
+            (8192, 8192),
+            (9001, 101),
+            (70_000, 2048),
+            (150_000, 17),
+            (150_000, 16_384),
+        ):
             sparse_step([length], [new])
             lightning_step([new])
         sparse_step([300, 12_000, 64], [300, 1000, 64])
