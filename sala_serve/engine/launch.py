@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """334,000 tokens of the demo model; an engine then takes 2.5 GiB, which leaves room on a laptop of 8."""
+GPU_STEP_TOKENS = 8192 + 256
+"""A long prompt's step is a whole number of 2,048-token blocks; the rest is room for running answers."""
 _KV_CACHE_SIZE_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 _PROCESS_LAYOUT_FLAGS = (
     *("--data-parallel-size", "--distributed-executor-backend", "--pipeline-parallel-size"),
@@ -111,7 +113,9 @@ def engine_command(
         argv += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
     # the gateway's settings, keys among them, are not the engine's business
     engine_env = {name: value for name, value in env.items() if not name.startswith(PREFIX)}
-    if not on_gpu:
+    if on_gpu:
+        argv += ["--max-num-batched-tokens", str(GPU_STEP_TOKENS)]
+    else:
         argv.append("--enforce-eager")
         names = _names(options.extra)
         # the variable, where set, wins over the flag

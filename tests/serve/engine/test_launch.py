@@ -70,8 +70,9 @@ def test_threads_of_one_core_count_once(tmp_path, monkeypatch):
     assert num_physical_cores(tmp_path / "hidden") == 4
 
 
-def test_gpu_gets_vllms_own_defaults():
+def test_gpu_gets_vllms_own_defaults_and_steps_of_whole_blocks():
     it = command(on_gpu=True)
+    assert value(it.argv, "--max-num-batched-tokens") == str(4 * 2048 + 256)
     assert "--dtype" not in it.argv
     assert "--enforce-eager" not in it.argv
     assert "--kv-cache-memory-bytes" not in it.argv
