@@ -24,6 +24,7 @@ EXPECTED = {
     "drafts_beside_cached_prefixes": "speculative_config: expected no prefix caching beside drafts on a CPU",
     "too_long": "max_model_len (5000) is greater than the derived max_model_len",
     "too_little_memory": "Try increasing `gpu_memory_utilization`",
+    "longer_than_memory": "the estimated maximum model length is",
     "unknown_mixer": "mixer_types: supported are ['minicpm4', 'lightning-attn'], got ['mamba2']",
     "missing_field": "scale_emb: missing from config.json",
     "wrong_override": "always_sparse: expected true or false, got 'yes'",
@@ -108,6 +109,7 @@ def errors(
         "drafts_beside_cached_prefixes": arguments(speculative_config=drafts),
         "too_long": arguments(max_model_len=5000),
         "too_little_memory": arguments(max_model_len=4096, kv_cache_memory_bytes=1 << 20),
+        "longer_than_memory": arguments(max_model_len=4096, kv_cache_memory_bytes=5 << 20),
         "unknown_mixer": arguments(variant("unknown_mixer", edit_config=rename_mixer)),
         "missing_field": arguments(
             variant("missing_field", lambda fields: fields.pop("scale_emb"))
