@@ -129,7 +129,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 def work(stage: str, options: argparse.Namespace) -> int:
     """Be the process of one stage."""
-    from gpu import correctness, kernel_stage, ngram, served
+    from gpu import correctness, kernel_stage, needle, ngram, served
 
     scale, out = scale_of(options), options.out
     record = Recorder(out / report.RESULTS, stage)
@@ -146,6 +146,8 @@ def work(stage: str, options: argparse.Namespace) -> int:
         asyncio.run(served.serving(record, scale, out))
     elif stage == "ngram":
         ngram.run(record, scale)
+    elif stage == "needle":
+        asyncio.run(needle.run(record, scale))
     return 0
 
 

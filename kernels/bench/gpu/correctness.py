@@ -181,8 +181,8 @@ def engine_runs(scale: Scale) -> list[EngineRun]:
     ]
 
 
-def text_ids(num_tokens: int) -> list[int]:
-    """Return ids of real text: on it the demo model's choices are clear, on random ids they are not."""
+def text_ids(num_tokens: int | None) -> list[int]:
+    """Return ids of real text, all of it for None: on it the demo model's choices are clear, on random ids they are not."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))

@@ -228,6 +228,17 @@ def latencies(results: Results) -> str:
     return "\n".join(rows)
 
 
+def needles(results: Results) -> str:
+    """Format the answers about passkeys."""
+    rows = ["| prompt tokens | right | TTFT, s |", "| --- | --- | --- |"]
+    for line in results.find("needle", "needle"):
+        right = round(line["right_frac"] * line["cases"])
+        rows.append(
+            f"| {line['prompt_tokens']:,} | {right} of {line['cases']} | {line['ttft_s']['median']:.3g} |"
+        )
+    return "\n".join(rows)
+
+
 def _starts(results: Results) -> list[dict[str, Any]]:
     found = (results.one(stage, START) for stage in STAGE_LIMIT_S)
     return [line for line in found if line]
@@ -273,6 +284,8 @@ def markdown(results: Results) -> str:
             for line in drafts
         ]
         parts.append("\n".join(rows))
+    if results.find("needle", "needle"):
+        parts += ["## Passkeys, demo checkpoint", needles(results)]
     return "\n\n".join(parts) + "\n"
 
 

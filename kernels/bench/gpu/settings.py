@@ -30,6 +30,7 @@ STAGE_LIMIT_S = {
     "full-attention": 420,
     "serving": 300,
     "ngram": 180,
+    "needle": 300,
 }
 """Stages in the order they run; each fits a host that ends a command after ten minutes."""
 
@@ -73,6 +74,8 @@ class Scale:
     """New tokens of a prefill step."""
     selection_lengths: tuple[int, ...]
     greedy_lengths: tuple[int, ...]
+    needle_lengths: dict[int, int]
+    """Prompt tokens -> questions."""
     sala_overrides: dict[str, Any] = field(default_factory=dict)
     full_attention_overrides: dict[str, Any] = field(default_factory=dict)
     common_engine: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +130,7 @@ H200 = Scale(
     kernel_step_tokens=8192,
     selection_lengths=(8 * K, 64 * K, 1024 * K),
     greedy_lengths=(9001, 12_345, 16_000),
+    needle_lengths={64 * K: 20, 256 * K: 10, 1024 * K: 10},
     common_engine={"skip_tokenizer_init": True, "gpu_memory_utilization": 0.92},
     # a whole number of blocks, and room for the tokens of running answers
     sala_engine={"max_num_batched_tokens": 8192 + 256, "max_num_seqs": 16},
@@ -167,6 +171,7 @@ MINIATURE = Scale(
     kernel_step_tokens=128,
     selection_lengths=(1024,),
     greedy_lengths=(300,),
+    needle_lengths={1000: 2},
     sala_overrides=_TINY
     | {
         "lightning_nh": 4,
