@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from gpu import report
 from gpu.environment import ROOT, child_environment, conditions
 from gpu.results import FAILED, OK, TIMEOUT, Recorder, Results
-from gpu.settings import SCALES, STAGE_LIMIT_S, Scale
+from gpu.settings import OPTIONAL_STAGES, SCALES, STAGE_LIMIT_S, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--stages",
         type=lambda text: text.split(","),
-        default=[*STAGE_LIMIT_S, "report"],
+        default=[*(name for name in STAGE_LIMIT_S if name not in OPTIONAL_STAGES), "report"],
         help=f"comma-separated, of {','.join(STAGE_LIMIT_S)},report",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench-gpu")
@@ -129,7 +129,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 def work(stage: str, options: argparse.Namespace) -> int:
     """Be the process of one stage."""
-    from gpu import correctness, kernel_stage, needle, ngram, served
+    from gpu import correctness, kernel_stage, needle, ngram, offload, served
 
     scale, out = scale_of(options), options.out
     record = Recorder(out / report.RESULTS, stage)
@@ -148,6 +148,8 @@ def work(stage: str, options: argparse.Namespace) -> int:
         ngram.run(record, scale)
     elif stage == "needle":
         asyncio.run(needle.run(record, scale))
+    elif stage == "offload":
+        offload.run(record, scale, out)
     return 0
 
 

@@ -31,8 +31,11 @@ STAGE_LIMIT_S = {
     "serving": 300,
     "ngram": 180,
     "needle": 300,
+    "offload": 480,
 }
 """Stages in the order they run; each fits a host that ends a command after ten minutes."""
+OPTIONAL_STAGES = ("offload",)
+"""Run when they are named; no promised figure needs them."""
 
 FULL_ATTENTION_CONFIG: dict[str, Any] = {  # Qwen3-8B
     "architectures": ["Qwen3ForCausalLM"],
