@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
+
+_MODULE_OF_DEVICE = {"cpu": "torch_impl", "cuda": "triton_impl"}
 
 
 def expect_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -30,13 +35,29 @@ def expect_dtype(name: str, tensor: Tensor, *expected: torch.dtype) -> None:
         raise ValueError(f"{name}: expected {allowed}, got {tensor.dtype}")
 
 
-def require_cpu(op: str, tensor: Tensor) -> None:
-    """Refuse a device without an implementation, rather than compute somewhere else.
+def expect_head_dim(dim: int) -> None:
+    """Check that the Triton kernels have a head's width.
 
     Raises:
-        NotImplementedError: ``tensor`` is not on the CPU.
+        ValueError: it is not a power of two from 16 to 256.
     """
-    if tensor.device.type != "cpu":
-        raise NotImplementedError(
-            f"{op} runs on the CPU only, got a tensor on {tensor.device}: its Triton kernel is not there yet"
-        )
+    if dim not in (16, 32, 64, 128, 256):
+        raise ValueError(f"head_dim: expected a power of two from 16 to 256, got {dim}")
+
+
+def implementation(package: str, op: str, tensor: Tensor) -> Callable[..., Any]:
+    """Return what computes an operator on a tensor's device.
+
+    Args:
+        package: folder of the operator, as ``__package__`` in its op.py.
+        op: the operator.
+        tensor: any of its inputs.
+
+    Raises:
+        NotImplementedError: neither on the CPU nor on a CUDA GPU; nothing is computed somewhere else instead.
+    """
+    module = _MODULE_OF_DEVICE.get(tensor.device.type)
+    if module is None:
+        raise NotImplementedError(f"{op}: expected tensors on cpu or cuda, got {tensor.device}")
+    # imported when needed: hosts without a GPU may lack Triton
+    return getattr(import_module(f"{package}.{module}"), op)

@@ -119,7 +119,7 @@ def test_wrong_arguments_are_named() -> None:
         attend_blocks(packed, cache, batch, blocks[:, :1], SPARSE)
     with pytest.raises(ValueError, match="output: expected shape"):
         attend_blocks(packed, cache, batch, blocks, SPARSE, packed[1:])
-    with pytest.raises(NotImplementedError, match="attend_blocks runs on the CPU and on CUDA GPUs"):
+    with pytest.raises(NotImplementedError, match="attend_blocks: expected tensors on cpu or cuda"):
         attend_blocks(packed.to("meta"), cache, batch, blocks, SPARSE)
 
 

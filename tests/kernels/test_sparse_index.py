@@ -216,7 +216,7 @@ def test_other_devices_are_refused() -> None:
     batch = paged_batch([64], [64], shuffled_block_table([64], seed=0))
     cache = poisoned_cache(1, 2, 32, torch.float32)
     with pytest.raises(
-        NotImplementedError, match="select_blocks runs on CPU and CUDA tensors, got meta"
+        NotImplementedError, match="select_blocks: expected tensors on cpu or cuda, got meta"
     ):
         op.select_blocks(torch.zeros(64, 4, 32, device="meta"), cache, batch, SMALL)
 

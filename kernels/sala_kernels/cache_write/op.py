@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sala_kernels.cache_write import torch_impl
+from sala_kernels.checks import implementation
 from sala_kernels.paged import check_packed
 
 if TYPE_CHECKING:
@@ -34,11 +34,4 @@ def write_cache(k: Tensor, v: Tensor, cache: PagedCache, batch: PagedBatch) -> N
     tokens, kv_heads = k.shape[0], cache.keys.shape[1]
     check_packed("k", k, tokens, kv_heads, cache)
     check_packed("v", v, tokens, kv_heads, cache)
-    if k.device.type == "cpu":
-        torch_impl.write_cache(k, v, cache, batch)
-    elif k.device.type == "cuda":
-        from sala_kernels.cache_write import triton_impl
-
-        triton_impl.write_cache(k, v, cache, batch)
-    else:
-        raise NotImplementedError(f"write_cache: expected tensors on cpu or cuda, got {k.device}")
+    implementation(__package__, "write_cache", k)(k, v, cache, batch)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from sala_kernels.checks import expect_head_dim
 from sala_kernels.paged import COARSE_PER_PAGE, FINE_PER_PAGE
 from sala_kernels.spec import (
     BLOCK_TOKENS,
@@ -52,8 +53,7 @@ def write_cache(k: Tensor, v: Tensor, cache: PagedCache, batch: PagedBatch) -> N
         ValueError: ``dim`` is not a power of two from 16 to 256.
     """
     tokens, kv_heads, dim = k.shape
-    if dim not in (16, 32, 64, 128, 256):
-        raise ValueError(f"head_dim: expected a power of two from 16 to 256, got {dim}")
+    expect_head_dim(dim)
     num_seqs = batch.seq_lens.shape[0]
     one_token = batch.max_query_len == 1
     num_tiles = num_seqs if one_token else tokens // BLOCK_TOKENS + 2 * num_seqs

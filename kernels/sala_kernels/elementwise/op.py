@@ -7,16 +7,10 @@ Source: the released MiniCPM-SALA modelling code.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from sala_kernels.checks import expect_dtype, expect_shape
-from sala_kernels.elementwise import torch_impl
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from sala_kernels.checks import expect_dtype, expect_shape, implementation
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         NotImplementedError: on neither the CPU nor a CUDA device.
     """
     _check_rows(x, weight)
-    return _implementation("rms_norm", x).rms_norm(x, weight, eps)
+    return implementation(__package__, "rms_norm", x)(x, weight, eps)
 
 
 def add_rms_norm(
@@ -62,8 +56,8 @@ def add_rms_norm(
         NotImplementedError: on neither the CPU nor a CUDA device.
     """
     _check_rows(hidden, weight, branch=branch)
-    implementation = _implementation("add_rms_norm", hidden)
-    return implementation.add_rms_norm(hidden, branch, scale, weight, eps)
+    run = implementation(__package__, "add_rms_norm", hidden)
+    return run(hidden, branch, scale, weight, eps)
 
 
 def norm_rope(
@@ -95,7 +89,7 @@ def norm_rope(
     for name, angles in (("cos", cos), ("sin", sin)):
         expect_shape(name, angles, (tokens, dim // 2))
         expect_dtype(name, angles, torch.float32)
-    _implementation("norm_rope", qkv).norm_rope(qkv, q_weight, k_weight, cos, sin, eps)
+    implementation(__package__, "norm_rope", qkv)(qkv, q_weight, k_weight, cos, sin, eps)
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -112,7 +106,7 @@ def mean_square(x: Tensor) -> Tensor:
     Raises:
         NotImplementedError: on neither the CPU nor a CUDA device.
     """
-    return _implementation("mean_square", x).mean_square(x)
+    return implementation(__package__, "mean_square", x)(x)
 
 
 def norm_gate(
@@ -141,7 +135,7 @@ def norm_gate(
     if mean_square is not None:
         expect_shape("mean_square", mean_square, (x.shape[0],))
         expect_dtype("mean_square", mean_square, torch.float32)
-    return _implementation("norm_gate", x).norm_gate(x, weight, gate, eps, mean_square)
+    return implementation(__package__, "norm_gate", x)(x, weight, gate, eps, mean_square)
 
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
@@ -161,7 +155,7 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
         NotImplementedError: on neither the CPU nor a CUDA device.
     """
     _check_rows(x, gate=gate)
-    return _implementation("sigmoid_gate", x).sigmoid_gate(x, gate)
+    return implementation(__package__, "sigmoid_gate", x)(x, gate)
 
 
 def _check_rows(x: Tensor, weight: Tensor | None = None, **others: Tensor) -> None:
@@ -171,13 +165,3 @@ def _check_rows(x: Tensor, weight: Tensor | None = None, **others: Tensor) -> No
     if weight is not None:
         expect_shape("weight", weight, (x.shape[1],))
         expect_dtype("weight", weight, x.dtype)
-
-
-def _implementation(op: str, tensor: Tensor) -> ModuleType:
-    if tensor.device.type == "cpu":
-        return torch_impl
-    if tensor.device.type == "cuda":
-        from sala_kernels.elementwise import triton_impl
-
-        return triton_impl
-    raise NotImplementedError(f"{op}: expected tensors on cpu or cuda, got {tensor.device}")

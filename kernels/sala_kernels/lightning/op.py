@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sala_kernels.checks import expect_dtype, expect_shape
-from sala_kernels.lightning import torch_impl
+from sala_kernels.checks import expect_dtype, expect_shape, implementation
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,5 @@ def lightning_attention(
     expect_dtype("state", state, torch.float32)
     if state.stride()[2:] != (dim, 1):
         raise ValueError(f"state: expected contiguous matrices, got strides {state.stride()}")
-    if q.device.type == "cpu":
-        return torch_impl.lightning_attention(q, k, v, slopes, scale, state, batch)
-    if q.device.type == "cuda":
-        from sala_kernels.lightning import triton_impl
-
-        return triton_impl.lightning_attention(q, k, v, slopes, scale, state, batch)
-    raise NotImplementedError(
-        f"lightning_attention runs on the CPU and on CUDA devices, got a tensor on {q.device}"
-    )
+    run = implementation(__package__, "lightning_attention", q)
+    return run(q, k, v, slopes, scale, state, batch)

@@ -26,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sala_kernels.checks import expect_head_dim
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -57,8 +59,7 @@ def lightning_attention(
     dim = q.shape[-1]
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"q: expected bfloat16, float16 or float32, got {q.dtype}")
-    if dim not in (16, 32, 64, 128, 256):
-        raise ValueError(f"head_dim: expected a power of two from 16 to 256, got {dim}")
+    expect_head_dim(dim)
     output = q.new_empty(q.shape)
     if batch.num_decodes > 0:
         _decode(q, k, v, output, slopes, scale, state, batch)

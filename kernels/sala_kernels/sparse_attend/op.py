@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sala_kernels.checks import expect_dtype, expect_shape
+from sala_kernels.checks import expect_dtype, expect_shape, implementation
 from sala_kernels.paged import check_packed
-from sala_kernels.sparse_attend import torch_impl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,13 +56,5 @@ def attend_blocks(
     if output is not None:
         expect_shape("output", output, tuple(q.shape))
         expect_dtype("output", output, q.dtype)
-    if q.device.type == "cuda":
-        # hosts without a GPU may lack Triton
-        from sala_kernels.sparse_attend import triton_impl
-
-        return triton_impl.attend_blocks(q, cache, batch, blocks, sparse, output)
-    if q.device.type != "cpu":
-        raise NotImplementedError(
-            f"attend_blocks runs on the CPU and on CUDA GPUs, got a tensor on {q.device}"
-        )
-    return torch_impl.attend_blocks(q, cache, batch, blocks, sparse, output)
+    run = implementation(__package__, "attend_blocks", q)
+    return run(q, cache, batch, blocks, sparse, output)

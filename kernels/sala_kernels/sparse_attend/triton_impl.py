@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sala_kernels.checks import expect_head_dim
 from sala_kernels.sparse_attend.triton_decode import attend_decodes
 from sala_kernels.sparse_attend.triton_prefill import attend_prefill
 
@@ -34,8 +35,7 @@ def attend_blocks(
     """
     tokens, heads, dim = q.shape
     group = heads // cache.keys.shape[1]
-    if dim not in (16, 32, 64, 128, 256):
-        raise ValueError(f"head_dim: expected a power of two from 16 to 256, got {dim}")
+    expect_head_dim(dim)
     if group > MAX_GROUP:
         raise ValueError(f"q: expected at most {MAX_GROUP} heads a KV head, got {group}")
     if output is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sala_kernels.checks import implementation
 from sala_kernels.paged import check_packed
-from sala_kernels.sparse_index import torch_impl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,11 +43,4 @@ def select_blocks(q: Tensor, cache: PagedCache, batch: PagedBatch, sparse: Spars
         raise ValueError(
             f"q: expected a multiple of {cache.keys.shape[1]} KV heads, got {heads} heads"
         )
-    if q.device.type == "cpu":
-        return torch_impl.select_blocks(q, cache, batch, sparse)
-    if q.device.type == "cuda":
-        # imported here: hosts without a GPU may lack Triton
-        from sala_kernels.sparse_index import triton_impl
-
-        return triton_impl.select_blocks(q, cache, batch, sparse)
-    raise NotImplementedError(f"select_blocks runs on CPU and CUDA tensors, got {q.device}")
+    return implementation(__package__, "select_blocks", q)(q, cache, batch, sparse)

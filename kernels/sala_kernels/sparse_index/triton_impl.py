@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sala_kernels.checks import expect_head_dim
 from sala_kernels.sparse_index import triton_kernels as kernels
 from sala_kernels.spec import BLOCK_TOKENS
 
@@ -83,8 +84,7 @@ def select_blocks(q: Tensor, cache: PagedCache, batch: PagedBatch, sparse: Spars
 
 def _check(q: Tensor, cache: PagedCache, batch: PagedBatch, sparse: SparseSpec) -> None:
     _, heads, dim = q.shape
-    if dim not in (16, 32, 64, 128, 256):
-        raise ValueError(f"head_dim: expected a power of two from 16 to 256, got {dim}")
+    expect_head_dim(dim)
     if (group := heads // cache.keys.shape[1]) > 64:
         raise ValueError(f"q: expected at most 64 heads a KV head, got {group}")
     if batch.max_seq_len > MAX_BLOCKS * BLOCK_TOKENS:
