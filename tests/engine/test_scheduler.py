@@ -53,6 +53,7 @@ def arrival(step: int, length: int, seed: int, max_tokens: int = 4) -> dict[str,
 REPEATED = arrival(0, 1400, seed=1)
 SCENARIOS: dict[str, dict[str, dict[str, Any]]] = {
     # before any short request was seen: a long one has the engine for itself
+    "alone before": {"long": arrival(0, 1300, seed=80)},
     "alone": {"long": REPEATED},
     "two long": {
         "first": arrival(0, 1300, seed=50),
@@ -136,8 +137,10 @@ def test_answers_equal_the_oracle(scenarios: dict[str, Scenario], oracle: Oracle
             assert tokens == oracle.next_tokens(request["prompt"], tokens)
 
 
-def test_long_prefill_alone_takes_whole_steps(scenarios: dict[str, Scenario]) -> None:
-    chunks = list(scenarios["alone"].prefill_steps("long").values())
+@pytest.mark.parametrize("name", ["alone before", "alone"])
+def test_long_prefill_alone_takes_whole_steps(name: str, scenarios: dict[str, Scenario]) -> None:
+    # the second one too: the answer to the first is not a sign of short requests
+    chunks = list(scenarios[name].prefill_steps("long").values())
     assert chunks[:2] == [STEP_TOKENS, STEP_TOKENS]
 
 
