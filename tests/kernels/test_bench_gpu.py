@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "kernels/bench"))
 
 from gpu import __main__ as command  # noqa: E402
-from gpu import correctness, environment, kernel_stage, needle, report  # noqa: E402
+from gpu import correctness, demo_text, environment, kernel_stage, needle, report  # noqa: E402
 from gpu.engine import Timed  # noqa: E402
 from gpu.results import FAILED, OK, TIMEOUT, Recorder, Results, spread  # noqa: E402
 from gpu.settings import H200, MINIATURE, SCALES, K  # noqa: E402
@@ -224,10 +224,10 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
 
 
 def test_needles_lie_in_a_text_longer_than_the_novel() -> None:
-    novel = correctness.text_ids(None)
+    novel = demo_text.text_ids(None)
     num_tokens = 2 * len(novel)
     shallow, deep = needle.cases(2, num_tokens)
-    tokenizer = needle.load_tokenizer()
+    tokenizer = demo_text.load_tokenizer()
     for case in (shallow, deep):
         assert len(case.prompt_ids) == num_tokens
         assert tokenizer.decode(case.prompt_ids).count(case.answer) == 1

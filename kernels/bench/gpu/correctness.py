@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gpu.demo_text import text_ids
 from gpu.environment import ROOT
 from gpu.operators import Shapes
 from gpu.settings import CHECKPOINT, RELEASED_CONFIG, Scale
@@ -179,16 +180,6 @@ def engine_runs(scale: Scale) -> list[EngineRun]:
         EngineRun("steps of 1000", "float32", common | {"max_num_batched_tokens": 1000}),
         EngineRun("steps of 8192", "bfloat16", common | {"max_num_batched_tokens": 8192}),
     ]
-
-
-def text_ids(num_tokens: int | None) -> list[int]:
-    """Return ids of real text, all of it for None: on it the demo model's choices are clear, on random ids they are not."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    text = (CHECKPOINT.parent / "persuasion.txt").read_text(encoding="utf-8")
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids[:num_tokens]
 
 
 def greedy_equality(record: Recorder, scale: Scale, folder: Path, run: EngineRun) -> int:

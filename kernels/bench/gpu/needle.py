@@ -7,27 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu.correctness import text_ids
+from gpu.demo_text import load_tokenizer, text_ids
 from gpu.engine import running
 from gpu.results import spread
 from gpu.settings import CHECKPOINT, Scale
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from gpu.engine import Timed
     from gpu.results import Recorder
     from sala_training.eval.retrieval import Case
 
 ANSWER_TOKENS = 32
 SEED = 7
-
-
-def load_tokenizer() -> Tokenizer:
-    """Return the demo checkpoint's tokenizer."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 
 
 def cases(num: int, num_tokens: int) -> list[Case]:

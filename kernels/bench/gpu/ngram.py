@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from gpu.correctness import text_ids
+from gpu.demo_text import ids_of, text_ids
 from gpu.engine import running
 from gpu.environment import ROOT
 from gpu.results import spread
@@ -31,10 +31,7 @@ CODE = ROOT / "kernels/sala_kernels/paged.py"
 
 def prompts() -> dict[str, list[int]]:
     """A text and a program, each followed by its own beginning: the answer is in the prompt."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    code = tokenizer.encode(CODE.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    code = ids_of(CODE.read_text(encoding="utf-8"))
     documents = {"extraction": text_ids(DOCUMENT_TOKENS), "code editing": code[:DOCUMENT_TOKENS]}
     return {name: ids + ids[:REPEATED_TOKENS] for name, ids in documents.items()}
 

@@ -20,6 +20,7 @@ from sala_kernels.spec import (
     K2_STRIDE_TOKENS,
     K2_WINDOW_TOKENS,
 )
+from sala_kernels.triton_search import find_sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +103,7 @@ def _write_cache_kernel(  # type: ignore[no-untyped-def]
     if one_token:
         sequence, page_of_step = tile, 0
     else:
-        sequence, page_of_step = _find_sequence(tile, query_start_ptr, num_seqs)
+        sequence, page_of_step = _find_page(tile, query_start_ptr, num_seqs)
     first_token = tl.load(query_start_ptr + sequence)
     num_new = tl.load(query_start_ptr + sequence + 1) - first_token
     seq_len = tl.load(seq_lens_ptr + sequence)
@@ -163,18 +164,12 @@ def _write_cache_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _find_sequence(tile, query_start_ptr, num_seqs):  # type: ignore[no-untyped-def]
+def _find_page(tile, query_start_ptr, num_seqs):  # type: ignore[no-untyped-def]
     """Return the sequence that owns a tile, and which of its tiles it is.
 
-    Sequence i owns the tiles from ``query_start_loc[i] // 64 + 2 i``: n tokens touch at most n // 64 + 2 pages.
+    n tokens touch at most n // 64 + 2 pages.
     """
-    sequence, end = 0, num_seqs
-    while end - sequence > 1:
-        middle = (sequence + end) // 2
-        if tl.load(query_start_ptr + middle) // PAGE + 2 * middle <= tile:
-            sequence = middle
-        else:
-            end = middle
+    sequence = find_sequence(query_start_ptr, 0, num_seqs, tile, 0, PAGE, 2)
     return sequence, tile - tl.load(query_start_ptr + sequence) // PAGE - 2 * sequence
 
 

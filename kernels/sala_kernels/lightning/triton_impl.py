@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from sala_kernels.checks import expect_head_dim
+from sala_kernels.triton_search import find_sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -270,17 +271,10 @@ def _find_segment(query_start_loc, num_seqs, program, segment_tokens: tl.constex
     partial last segment of each.
     """
     origin = tl.load(query_start_loc)
-    low, high = 0, num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        first_program = (tl.load(query_start_loc + middle) - origin) // segment_tokens + middle
-        if first_program <= program:
-            low = middle
-        else:
-            high = middle
-    start = tl.load(query_start_loc + low)
-    num_tokens = tl.load(query_start_loc + low + 1) - start
-    return low, start, num_tokens, program - (start - origin) // segment_tokens - low
+    seq = find_sequence(query_start_loc, 0, num_seqs, program, origin, segment_tokens, 1)
+    start = tl.load(query_start_loc + seq)
+    num_tokens = tl.load(query_start_loc + seq + 1) - start
+    return seq, start, num_tokens, program - (start - origin) // segment_tokens - seq
 
 
 @triton.jit

@@ -12,11 +12,11 @@ from sala_kernels.sparse_attend.triton_softmax import (
     LOG2_E,
     NO_MAX,
     accumulate,
-    find_sequence,
     num_stages,
     page_cells,
 )
 from sala_kernels.spec import BLOCK_TOKENS
+from sala_kernels.triton_search import find_sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +151,7 @@ def _attend_split(  # type: ignore[no-untyped-def]
     if is_single:
         sequence = token
     else:
-        sequence = find_sequence(query_start_loc, 0, num_seqs, token, 1, 0)
+        sequence = find_sequence(query_start_loc, 0, num_seqs, token, 0, 1, 0)
     after_token = tl.load(query_start_loc + sequence + 1) - token
     if after_token <= 0:
         return

@@ -18,11 +18,11 @@ from sala_kernels.sparse_attend.triton_softmax import (
     LOG2_E,
     NO_MAX,
     accumulate,
-    find_sequence,
     num_stages,
     page_cells,
 )
 from sala_kernels.spec import BLOCK_TOKENS
+from sala_kernels.triton_search import find_sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +174,7 @@ def _locate_tile(  # type: ignore[no-untyped-def]
         first query, which may lie before the step's first or past the last.
     """
     tile = first_tile + tl.program_id(0)
-    sequence = find_sequence(query_start_loc, first_sequence, num_seqs, tile, tile_queries, 2)
+    sequence = find_sequence(query_start_loc, first_sequence, num_seqs, tile, 0, tile_queries, 2)
     first_token = tl.load(query_start_loc + sequence)
     num_queries = tl.load(query_start_loc + sequence + 1) - first_token
     seq_len = tl.load(seq_lens + sequence)

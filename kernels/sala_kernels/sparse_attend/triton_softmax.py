@@ -1,4 +1,4 @@
-"""What the attention kernels share: finding a sequence, reading a page, one step of online softmax."""
+"""What the attention kernels share: reading a page, one step of online softmax."""
 
 from __future__ import annotations
 
@@ -14,25 +14,6 @@ NO_MAX = tl.constexpr(-1e30)
 def num_stages(dim: int, element_bytes: int) -> int:
     """Return how many blocks may be in flight, so that their keys and values fit the shared memory."""
     return {256: 3, 512: 2, 1024: 1}[max(256, dim * element_bytes)]
-
-
-@triton.jit
-def find_sequence(  # type: ignore[no-untyped-def]
-    query_start_loc, first, last, index, tile_queries: tl.constexpr, spare_tiles: tl.constexpr
-):
-    """Return the last sequence in [first, last) whose tiles start at or before ``index``.
-
-    Those of sequence i start at query_start_loc[i] // tile_queries + spare_tiles * i.
-    """
-    low = first
-    high = last
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc + middle) // tile_queries + spare_tiles * middle <= index:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @triton.jit

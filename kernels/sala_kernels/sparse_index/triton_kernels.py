@@ -19,6 +19,7 @@ import triton.language as tl
 
 from sala_kernels.paged import FINE_PER_PAGE as _FINE_PER_PAGE
 from sala_kernels.spec import BLOCK_TOKENS as _BLOCK_TOKENS
+from sala_kernels.triton_search import find_sequence
 
 BLOCK_TOKENS = tl.constexpr(_BLOCK_TOKENS)
 FINE_PER_PAGE = tl.constexpr(_FINE_PER_PAGE)
@@ -37,20 +38,13 @@ def _ceil_div(dividend, divisor):
 @triton.jit
 def _find_token(token, query_start_loc, seq_lens, num_seqs, one_token_each: tl.constexpr):
     """Return (sequence, position) of a packed token; position -1 for padding."""
-    low = 0
     if one_token_each:
-        low = token
+        seq = token
     else:
-        high = num_seqs
-        while high - low > 1:
-            middle = (low + high) // 2
-            if tl.load(query_start_loc + middle) <= token:
-                low = middle
-            else:
-                high = middle
-    end = tl.load(query_start_loc + low + 1)
-    position = tl.load(seq_lens + low) - (end - token)
-    return low, tl.where(token < end, position, -1)
+        seq = find_sequence(query_start_loc, 0, num_seqs, token, 0, 1, 0)
+    end = tl.load(query_start_loc + seq + 1)
+    position = tl.load(seq_lens + seq) - (end - token)
+    return seq, tl.where(token < end, position, -1)
 
 
 @triton.jit
