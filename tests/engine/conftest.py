@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 
 from sala_kernels.spec import SalaSpec
 from sala_training.model.sala import SalaForCausalLM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HERE = Path(__file__).parent
 TIME_LIMIT_S = 300
@@ -162,6 +165,13 @@ class Oracle:
         logits = self.model(torch.tensor([prompt + tokens]), **options)[0]
         return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
+    def assert_greedy(self, run: EngineRun, *batches: list[list[int]]) -> None:
+        """Check that every token an engine generated is the one this model would choose."""
+        assert len(run.batches) == len(batches)
+        for batch, outputs in zip(batches, run.batches, strict=True):
+            for prompt, output in zip(batch, outputs, strict=True):
+                assert output["tokens"] == self.next_tokens(prompt, output["tokens"])
+
 
 @pytest.fixture(scope="session")
 def oracle(model: SalaForCausalLM) -> Oracle:
@@ -185,6 +195,38 @@ def engine_environment() -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _run_job(script: str, job: Any, folder: Path, environment: dict[str, str]) -> tuple[Any, str]:
+    """Run a script of this folder on a job, in a process of its own; return its result and its log."""
+    job_path, result_path = folder / "job.json", folder / "result.json"
+    job_path.write_text(json.dumps(job))
+    process = subprocess.run(
+        [sys.executable, HERE / script, job_path, result_path],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIME_LIMIT_S,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+    return json.loads(result_path.read_text()), process.stdout
+
+
+@pytest.fixture(scope="session")
+def run_job() -> Callable[[str, Any, Path, dict[str, str]], tuple[Any, str]]:
+    return _run_job
+
+
+@pytest.fixture(scope="session")
+def newer_runner() -> dict[str, str]:
+    """Environment in which the CPU engine uses vLLM's V2 runner, its Triton kernels interpreted."""
+    return {
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "PYTHONPATH": str(HERE / "v2_on_cpu"),
     }
 
 
@@ -227,19 +269,10 @@ class Engine:
         }
         sampling = {"max_tokens": max_tokens, "prompt_logprobs": 0 if prompt_logprobs else None}
         job = {"engine": defaults | arguments, "batches": batches, "sampling": sampling}
-        (self.folder / "job.json").write_text(json.dumps(job))
-        result_path = self.folder / "result.json"
-        process = subprocess.run(
-            [sys.executable, HERE / "generate.py", self.folder / "job.json", result_path],
-            env=self.environment | (environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIME_LIMIT_S,
-            check=False,
+        result, log = _run_job(
+            "generate.py", job, self.folder, self.environment | (environment or {})
         )
-        assert process.returncode == 0, process.stdout[-5000:]
-        return EngineRun(**json.loads(result_path.read_text()), log=process.stdout)
+        return EngineRun(**result, log=log)
 
 
 @pytest.fixture

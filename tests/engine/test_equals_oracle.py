@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
 # fixtures in conftest.py; their classes are not importable from here
 Engine = Oracle = EngineRun = Any
-
-
-def assert_greedy(oracle: Oracle, run: EngineRun, *batches: list[list[int]]) -> None:
-    assert len(run.batches) == len(batches)
-    for batch, outputs in zip(batches, run.batches, strict=True):
-        for prompt, output in zip(batch, outputs, strict=True):
-            assert output["tokens"] == oracle.next_tokens(prompt, output["tokens"])
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
@@ -32,7 +27,7 @@ def test_in_steps_of(
     step_tokens: int, engine: Engine, oracle: Oracle, prompts: list[list[int]]
 ) -> None:
     run = engine.generate(prompts, max_num_batched_tokens=step_tokens, max_num_seqs=8)
-    assert_greedy(oracle, run, prompts)
+    oracle.assert_greedy(run, prompts)
 
 
 def test_dense_attention_would_give_other_tokens(oracle: Oracle, prompts: list[list[int]]) -> None:
@@ -59,7 +54,7 @@ def test_after_preemption(
         max_num_seqs=8,
     )
     assert run.preemptions > 0
-    assert_greedy(oracle, run, batch)
+    oracle.assert_greedy(run, batch)
 
 
 def test_with_prefix_hits_inside_blocks_and_pages(engine: Engine, oracle: Oracle) -> None:
@@ -72,7 +67,7 @@ def test_with_prefix_hits_inside_blocks_and_pages(engine: Engine, oracle: Oracle
     # the last multiple of 16 before the prompt's end: in the middle of a page of 64 and a block of 128
     assert cached[1] == [1488]
     assert cached[4] == [1488, 1456]
-    assert_greedy(oracle, run, *batches)
+    oracle.assert_greedy(run, *batches)
 
 
 def test_on_two_ranks(engine: Engine, oracle: Oracle, prompts: list[list[int]]) -> None:
@@ -83,13 +78,13 @@ def test_on_two_ranks(engine: Engine, oracle: Oracle, prompts: list[list[int]]) 
         max_tokens=8,
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )
-    assert_greedy(oracle, run, batch)
+    oracle.assert_greedy(run, batch)
 
 
 def test_always_sparse(engine: Engine, oracle: Oracle, always_sparse_oracle: Oracle) -> None:
     batch = [random_prompt(length, seed=length) for length in (400, 470, 500)]
     run = engine.generate(batch, hf_overrides={"always_sparse": True})
-    assert_greedy(always_sparse_oracle, run, batch)
+    always_sparse_oracle.assert_greedy(run, batch)
     # below dense_len the two functions differ
     outputs = run.batches[0]
     assert any(
@@ -102,7 +97,7 @@ def test_a_model_of_another_shape(engine: Engine, odd_checkpoint: tuple[Path, Or
     path, oracle = odd_checkpoint
     batch = [random_prompt(length, seed=length) for length in (3, 129, 500, 801)]
     run = engine.generate(batch, model=str(path), max_num_batched_tokens=200, max_num_seqs=8)
-    assert_greedy(oracle, run, batch)
+    oracle.assert_greedy(run, batch)
 
 
 def test_bfloat16_rounds_no_more_than_the_plain_model(engine: Engine, oracle: Oracle) -> None:
@@ -115,7 +110,9 @@ def test_bfloat16_rounds_no_more_than_the_plain_model(engine: Engine, oracle: Or
     assert engine_error.square().mean() < 1.5 * plain_error.square().mean()
 
 
-def test_on_the_newer_model_runner(engine: Engine, oracle: Oracle) -> None:
+def test_on_the_newer_model_runner(
+    engine: Engine, oracle: Oracle, newer_runner: dict[str, str]
+) -> None:
     # what vLLM uses on CUDA; its Triton kernels are interpreted here, so the work is small
     batches = [[random_prompt(700, seed=1), random_prompt(5, seed=2)], [random_prompt(700, seed=1)]]
     run = engine.generate(
@@ -123,12 +120,8 @@ def test_on_the_newer_model_runner(engine: Engine, oracle: Oracle) -> None:
         max_tokens=6,
         max_num_batched_tokens=256,
         max_num_seqs=4,
-        environment={
-            "TRITON_INTERPRET": "1",
-            "VLLM_USE_V2_MODEL_RUNNER": "1",
-            "PYTHONPATH": str(Path(__file__).parent / "v2_on_cpu"),
-        },
+        environment=newer_runner,
     )
     assert "Using V2 Model Runner" in run.log
     assert run.batches[1][0]["cached"] == 640
-    assert_greedy(oracle, run, *batches)
+    oracle.assert_greedy(run, *batches)

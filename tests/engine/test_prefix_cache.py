@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,14 +26,6 @@ def text(length: int, seed: int) -> list[int]:
 
 def one_after_another(name: str, *prompts: list[int]) -> dict[str, list[list[int]]]:
     return {f"{name} {n}": [prompt] for n, prompt in enumerate(prompts)}
-
-
-def assert_greedy(
-    oracle: Oracle, prompts: dict[str, list[list[int]]], batches: list[list[dict[str, Any]]]
-) -> None:
-    for batch, outputs in zip(prompts.values(), batches, strict=True):
-        for prompt, output in zip(batch, outputs, strict=True):
-            assert output["tokens"] == oracle.next_tokens(prompt, output["tokens"])
 
 
 def test_what_is_reused(engine: Engine, oracle: Oracle) -> None:
@@ -81,7 +72,7 @@ def test_what_is_reused(engine: Engine, oracle: Oracle) -> None:
     assert cached["extended 1"] == [1472]
     assert cached["extended 2"] == [1792]
     assert cached["offsets"] == [inside] * UNIT
-    assert_greedy(oracle, prompts, run.batches)
+    oracle.assert_greedy(run, *prompts.values())
 
 
 def test_chat_reuses_the_turns_before(engine: Engine, oracle: Oracle) -> None:
@@ -98,8 +89,7 @@ def test_chat_reuses_the_turns_before(engine: Engine, oracle: Oracle) -> None:
     )
     cached = [outputs[0]["cached"] for outputs in run.batches]
     assert cached == [0, *((len(turn) - 1) // UNIT * UNIT for turn in turns[:-1])]
-    for turn, outputs in zip(turns, run.batches, strict=True):
-        assert outputs[0]["tokens"] == oracle.next_tokens(turn, outputs[0]["tokens"])
+    oracle.assert_greedy(run, *([turn] for turn in turns))
 
 
 def test_answers_after_eviction(engine: Engine, oracle: Oracle) -> None:
@@ -121,12 +111,13 @@ def test_answers_after_eviction(engine: Engine, oracle: Oracle) -> None:
     assert cached[2] > 0
     assert cached[5] < cached[2]
     assert cached[-1] > 0
-    for batch, outputs in zip(questions, run.batches, strict=True):
-        assert outputs[0]["tokens"] == oracle.next_tokens(batch[0], outputs[0]["tokens"])
+    oracle.assert_greedy(run, *questions)
 
 
 @pytest.mark.slow
-def test_hits_inside_a_block_on_the_newer_runner(engine: Engine, oracle: Oracle) -> None:
+def test_hits_inside_a_block_on_the_newer_runner(
+    engine: Engine, oracle: Oracle, newer_runner: dict[str, str]
+) -> None:
     family = text(250, seed=70)
     prompts = {"family": [family], "branches": [family[:n] + text(20, seed=n) for n in (192, 215)]}
     run = engine.generate(
@@ -134,12 +125,8 @@ def test_hits_inside_a_block_on_the_newer_runner(engine: Engine, oracle: Oracle)
         max_tokens=NUM_ANSWER_TOKENS,
         max_num_seqs=4,
         prefix_match_unit=UNIT,
-        environment={
-            "TRITON_INTERPRET": "1",
-            "VLLM_USE_V2_MODEL_RUNNER": "1",
-            "PYTHONPATH": str(Path(__file__).parent / "v2_on_cpu"),
-        },
+        environment=newer_runner,
     )
     assert "Using V2 Model Runner" in run.log
     assert [output["cached"] for output in run.batches[1]] == [192, 192]
-    assert_greedy(oracle, prompts, run.batches)
+    oracle.assert_greedy(run, *prompts.values())

@@ -6,12 +6,14 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
@@ -50,6 +52,7 @@ def errors(
     checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
     engine_environment: dict[str, str],
+    run_job: Any,
 ) -> dict[str, str | None]:
     """The error of each attempt to start, in one process."""
     folder = tmp_path_factory.mktemp("refusals")
@@ -129,19 +132,8 @@ def errors(
         "wrong_shape": arguments(variant("wrong_shape", edit_weights=shrink_norm)),
         "nothing_wrong": arguments(load_format="dummy"),
     }
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).parent / "try_to_start.py"
-    process = subprocess.run(
-        [sys.executable, script, folder / "jobs.json", folder / "errors.json"],
-        env=engine_environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    return json.loads((folder / "errors.json").read_text())
+    found, _ = run_job("try_to_start.py", jobs, folder, engine_environment)
+    return found
 
 
 @pytest.mark.parametrize("name", EXPECTED)

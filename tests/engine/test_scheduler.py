@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 pytestmark = pytest.mark.engine
 
-Oracle = Any  # a fixture in conftest.py; its class is not importable from here
+Oracle = RunJob = Any  # fixtures in conftest.py; their classes are not importable from here
 
 BLOCK_TOKENS = 128
 STEP_TOKENS = 512
@@ -103,26 +102,17 @@ class Scenario:
 
 @pytest.fixture(scope="module")
 def scenarios(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, engine_environment: dict[str, str]
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    engine_environment: dict[str, str],
+    run_job: RunJob,
 ) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("schedule")
     job = {
         "engine": ENGINE | {"model": str(checkpoint)},
         "scenarios": list(SCENARIOS.values()),
     }
-    (folder / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).parent / "schedule.py"
-    process = subprocess.run(
-        [sys.executable, script, folder / "job.json", folder / "result.json"],
-        env=engine_environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    results = json.loads((folder / "result.json").read_text())
+    results, _ = run_job("schedule.py", job, folder, engine_environment)
     return {
         name: Scenario(requests, **result)
         for (name, requests), result in zip(SCENARIOS.items(), results, strict=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
@@ -19,23 +21,11 @@ DRAFTS = {
     "prompt_lookup_max": 2,
     "prompt_lookup_min": 1,
 }
-V2_ON_CPU = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(Path(__file__).parent / "v2_on_cpu"),
-}
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 499, (length,), generator=generator).tolist()
-
-
-def assert_greedy(oracle: Oracle, run: EngineRun, *batches: list[list[int]]) -> None:
-    assert len(run.batches) == len(batches)
-    for batch, outputs in zip(batches, run.batches, strict=True):
-        for prompt, output in zip(batch, outputs, strict=True):
-            assert output["tokens"] == oracle.next_tokens(prompt, output["tokens"])
 
 
 def assert_some_of_each(run: EngineRun) -> None:
@@ -63,7 +53,7 @@ def test_in_steps_of_100(repeating: tuple[Engine, Oracle], prompts: list[list[in
         max_num_seqs=8,
     )
     assert_some_of_each(run)
-    assert_greedy(oracle, run, batch)
+    oracle.assert_greedy(run, batch)
 
 
 def test_a_prompt_that_ends_in_a_short_step(engine: Engine, oracle: Oracle) -> None:
@@ -77,7 +67,7 @@ def test_a_prompt_that_ends_in_a_short_step(engine: Engine, oracle: Oracle) -> N
         max_num_batched_tokens=100,
         max_num_seqs=8,
     )
-    assert_greedy(oracle, run, *batches)
+    oracle.assert_greedy(run, *batches)
 
 
 def test_after_preemption(repeating: tuple[Engine, Oracle]) -> None:
@@ -94,10 +84,12 @@ def test_after_preemption(repeating: tuple[Engine, Oracle]) -> None:
     )
     assert run.preemptions > 0
     assert_some_of_each(run)
-    assert_greedy(oracle, run, batch)
+    oracle.assert_greedy(run, batch)
 
 
-def test_on_the_newer_model_runner_with_prefix_hits(repeating: tuple[Engine, Oracle]) -> None:
+def test_on_the_newer_model_runner_with_prefix_hits(
+    repeating: tuple[Engine, Oracle], newer_runner: dict[str, str]
+) -> None:
     # its Triton kernels are interpreted here, so the work is small
     engine, oracle = repeating
     long, short = random_prompt(700, seed=1), random_prompt(5, seed=2)
@@ -108,9 +100,9 @@ def test_on_the_newer_model_runner_with_prefix_hits(repeating: tuple[Engine, Ora
         speculative_config=DRAFTS,
         max_num_batched_tokens=256,
         max_num_seqs=4,
-        environment=V2_ON_CPU,
+        environment=newer_runner,
     )
     assert "Using V2 Model Runner" in run.log
     assert run.batches[1][0]["cached"] > 0
     assert_some_of_each(run)
-    assert_greedy(oracle, run, *batches)
+    oracle.assert_greedy(run, *batches)
