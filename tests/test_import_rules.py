@@ -14,7 +14,13 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "vllm", "transformers")
 IMPLEMENTATIONS = {"kernel", "op", "torch_impl"}
 # of the gateway, from the top; a part imports only what stands below it
-LAYERS = [f"sala_serve.{part}" for part in ("api", "admission", "routing", "engine", "telemetry")]
+LAYERS = [
+    f"sala_serve.{part}"
+    for part in (
+        *("api", "jobs", "generation", "scheduling", "tenants", "tokens", "engine"),
+        *("state", "telemetry"),
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,14 @@ RULES = [
     Rule("kernels/sala_kernels/**/*.py", only=("torch", "triton", "sala_kernels")),
     Rule("kernels/sala_kernels/**/reference.py", no_implementations=True),
     Rule("kernels/sala_kernels/spec.py", only=()),
-    Rule("sala_serve/errors.py", tuple(LAYERS)),
-    Rule("sala_serve/config.py", tuple(LAYERS)),
+    *(Rule(f"sala_serve/{part}.py", tuple(LAYERS)) for part in ("bodies", "errors", "events")),
+    Rule("sala_serve/settings.py", ("sala_serve",)),
+    # the one place that puts the sections of all packages together
+    Rule(
+        "sala_serve/config.py",
+        tuple(LAYERS),
+        excepted=tuple(f"{layer}.settings" for layer in LAYERS),
+    ),
 ]
 LAYER_RULES = [
     Rule(layer.replace(".", "/") + ending, tuple(LAYERS[:position]))
@@ -111,6 +123,10 @@ def test_files_import_only_what_their_rule_allows(rule: Rule) -> None:
         ("kernels/sala_kernels/**/reference.py", "from sala_kernels.lightning.kernel import run"),
         ("sala_serve/engine/**/*.py", "from sala_serve.api import chat"),
         ("sala_serve/errors.py", "import sala_serve.engine.http"),
+        ("sala_serve/config.py", "from sala_serve.tenants.keys import KeyRing"),
+        ("sala_serve/settings.py", "from sala_serve.config import Settings"),
+        ("sala_serve/scheduling/**/*.py", "from sala_serve.generation import Call"),
+        ("sala_serve/tenants/**/*.py", "from sala_serve.jobs.store import Jobs"),
     ],
 )
 def test_planted_import_is_found(glob: str, source: str) -> None:

@@ -11,8 +11,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 
-from sala_serve.api.schema import Generation, parse_generation
-from sala_serve.api.sse import DONE, AnswerWriter, event_data, split_events
+from sala_serve.api.sse import AnswerWriter
+from sala_serve.bodies import Generation, parse_generation
 from sala_serve.engine.vllm_errors import error_from_vllm
 from sala_serve.errors import (
     BodyTooLarge,
@@ -22,6 +22,7 @@ from sala_serve.errors import (
     InvalidRequest,
     UploadTimeout,
 )
+from sala_serve.events import DONE, event_data, split_events
 from sala_serve.middleware import REQUEST_ID_HEADER, send_error
 from sala_serve.telemetry import RequestRecord, Usage
 

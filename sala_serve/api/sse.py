@@ -1,43 +1,21 @@
-"""The wire: cut the engine's byte stream into server-sent events, send answers to a client."""
+"""The wire: sends answers to a client, which must keep reading."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING
 
 from sala_serve.errors import ClientDisconnected
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
-
     from starlette.types import Message, Send
 
-DONE = b"[DONE]"
-_BLANK_LINE = re.compile(rb"\n\r?\n")
 _PIECE_BYTES = 64 * 1024
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
-
-
-async def split_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """Yield each event or comment with its closing blank line; a torn last one is dropped."""
-    buffer = bytearray()
-    async for chunk in chunks:
-        searched = max(len(buffer) - 3, 0)  # a blank line may be cut anywhere
-        buffer += chunk
-        while found := _BLANK_LINE.search(buffer, searched):
-            yield bytes(buffer[: found.end()])
-            del buffer[: found.end()]
-            searched = 0
-
-
-def event_data(event: bytes) -> bytes | None:
-    """Return the payload of a one-line ``data:`` event, ``None`` for a comment."""
-    return event.removeprefix(b"data:").strip() if event.startswith(b"data:") else None
 
 
 class AnswerWriter:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sala_serve.errors import FieldNotAllowed, InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FORBIDDEN_FIELDS = (
     *("cache_salt", "ec_transfer_params", "kv_transfer_params", "priority", "request_id"),
@@ -22,7 +25,9 @@ class Generation:
     model: str
     is_stream: bool
     client_wants_usage: bool
-    body: bytes
+    document: Mapping[str, Any] = field(repr=False)
+    """The body as read, which the token counter needs."""
+    body: bytes = field(repr=False)
     """JSON for the engine. A stream always asks for usage, since the gateway counts tokens."""
 
 
@@ -57,7 +62,13 @@ def parse_generation(raw: bytes, prompt_field: str) -> Generation:
     _require(isinstance(wants_usage, bool | None), "stream_options.include_usage", "a boolean")
     if is_stream:
         document["stream_options"] = {**options, "include_usage": True}
-    return Generation(document["model"], bool(is_stream), bool(wants_usage), _write_json(document))
+    return Generation(
+        model=document["model"],
+        is_stream=bool(is_stream),
+        client_wants_usage=bool(wants_usage),
+        document=document,
+        body=_write_json(document),
+    )
 
 
 def _check_messages(messages: Any) -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from sala_serve.api.schema import parse_generation
+from sala_serve.bodies import parse_generation
 from sala_serve.errors import FieldNotAllowed, InvalidRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

@@ -1,6 +1,6 @@
 import pytest
 
-from sala_serve.api.sse import event_data, split_events
+from sala_serve.events import event_data, split_events
 
 
 async def chunked(data: bytes, num_bytes: int):
