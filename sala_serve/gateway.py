@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sala_serve.engine.http import HttpEngine, engine_client
 from sala_serve.engine.monitor import EngineMonitor
+from sala_serve.engine.settings import EngineSettings
 from sala_serve.running import RunningRequests
 from sala_serve.telemetry import Metrics
 
@@ -40,7 +41,14 @@ class Gateway:
     ) -> Gateway:
         """Make the parts; nothing is connected yet."""
         # probes have a client of their own, so that no request can hold them up
-        request_client, probe_client = engine_client(config), engine_client(config)
+        settings = EngineSettings(
+            url=config.engine_url,
+            socket=config.engine_socket,
+            connect_timeout_s=config.engine_connect_timeout_s,
+            write_timeout_s=config.engine_write_timeout_s,
+            read_timeout_s=config.engine_read_timeout_s,
+        )
+        request_client, probe_client = engine_client(settings), engine_client(settings)
         metrics = Metrics()
         monitor = EngineMonitor(
             probe_client,

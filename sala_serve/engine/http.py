@@ -13,29 +13,29 @@ from sala_serve.errors import EngineLost, EngineTimeout, EngineUnavailable
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from sala_serve.config import GatewayConfig
+    from sala_serve.engine.settings import EngineSettings
 
 _MAX_ERROR_BYTES = 64 * 1024
 
 
-def engine_client(config: GatewayConfig) -> httpx.AsyncClient:
-    """Build an HTTP client for the engine of ``config``."""
+def engine_client(settings: EngineSettings) -> httpx.AsyncClient:
+    """Build an HTTP client for one engine."""
     # a kept-alive connection may be closed by the engine just as we send on it; a new one costs
     # microseconds on loopback and a POST of a prompt must not be sent twice. Admission bounds their number
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    socket = None if config.engine_socket is None else str(config.engine_socket)
+    socket = None if settings.socket is None else str(settings.socket)
     return httpx.AsyncClient(
-        base_url=config.engine_url,
+        base_url=settings.url,
         transport=httpx.AsyncHTTPTransport(
             uds=socket,
             limits=limits,
-            verify=config.engine_url.startswith("https:"),  # else no time goes into certificates
+            verify=settings.url.startswith("https:"),  # else no time goes into certificates
         ),
         headers={"Accept-Encoding": "identity"},  # streams are relayed as they come
         timeout=httpx.Timeout(
-            config.engine_read_timeout_s,
-            connect=config.engine_connect_timeout_s,
-            write=config.engine_write_timeout_s,
+            settings.read_timeout_s,
+            connect=settings.connect_timeout_s,
+            write=settings.write_timeout_s,
         ),
         follow_redirects=False,
     )

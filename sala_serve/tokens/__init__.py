@@ -1,0 +1,1 @@
+"""Prompts in the model's own tokens."""
