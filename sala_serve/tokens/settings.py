@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from sala_serve.settings import PositiveInt, Section
 
 
-class TokenSettings(BaseModel):
+class TokenSettings(Section):
     """Section ``tokens``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokenizer: Path | None = None
     """Folder of the checkpoint, or of its ``tokenizer.json`` and ``tokenizer_config.json`` alone. None: the engine
     is asked, which sends each prompt there once more."""
-    num_threads: int = Field(default=1, ge=1)
+    num_threads: PositiveInt = 1
     """Prompts counted at the same time; others wait. Bounds memory too (docs/api.md)."""
