@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sala_serve.settings import Section
 
 
-class TelemetrySettings(BaseModel):
+class TelemetrySettings(Section):
     """Section ``telemetry``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     log_format: Literal["text", "json"] = "text"
     """One line an event: for people, or a JSON object for machines."""
