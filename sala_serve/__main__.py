@@ -20,11 +20,10 @@ import uvloop
 from sala_kernels.spec import SalaSpec, SpecError
 from sala_serve import terminal
 from sala_serve.config import (
-    ApiKeys,
     ConfigError,
-    GatewayConfig,
+    Settings,
     load_chat_config,
-    load_gateway_config,
+    load_settings,
     parse_engine_url,
     parse_port,
     read_api_key_file,
@@ -78,9 +77,9 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
         engine_socket = Path(folder, "engine.sock")
         if len(os.fsencode(engine_socket)) > MAX_SOCKET_PATH_BYTES:
             raise ConfigError(f"{folder} is too long for a socket: set TMPDIR to a shorter path")
-        config = _gateway_config(options, engine_url="http://engine", engine_socket=engine_socket)
-        listener = bind(config.host, config.port)
-        gateway = Gateway.create(config)
+        settings = _settings(options, {"url": "http://engine", "socket": engine_socket})
+        listener = bind(settings.server.host, settings.server.port)
+        gateway = Gateway.create(settings)
         engine_options = EngineOptions(
             model=model,
             served_model_name=options.served_model_name or model.name,
@@ -108,8 +107,9 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _gateway(options: argparse.Namespace) -> int:
-    config = _gateway_config(options, engine_url=options.engine_url)
-    return _serve(Gateway.create(config), bind(config.host, config.port), None)
+    settings = _settings(options, {"url": options.engine_url} if options.engine_url else None)
+    listener = bind(settings.server.host, settings.server.port)
+    return _serve(Gateway.create(settings), listener, None)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -123,12 +123,16 @@ def _chat(options: argparse.Namespace) -> int:
     )
 
 
-def _gateway_config(options: argparse.Namespace, **fields: object) -> GatewayConfig:
-    api_keys: ApiKeys | None = None
-    if options.api_key_file is not None:
-        api_keys = read_api_key_file(options.api_key_file)
-    return load_gateway_config(
-        os.environ, host=options.host, port=options.port, api_keys=api_keys, **fields
+def _settings(options: argparse.Namespace, engine: dict[str, object] | None) -> Settings:
+    """Read the settings; ``engine`` is the one that the command line names."""
+    keys = None if options.api_key_file is None else read_api_key_file(options.api_key_file)
+    return load_settings(
+        os.environ,
+        file=options.config,
+        overrides={
+            "server": {"host": options.host, "port": options.port, "api_keys": keys},
+            **({} if engine is None else {"engines": [engine]}),
+        },
     )
 
 
@@ -140,12 +144,14 @@ def _serve(gateway: Gateway, listener: socket.socket, supervisor: EngineSupervis
     # a request has two sockets; at the usual 1024 the gateway could not even ask whether the engine lives
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-    logger.info("listening on %s, %r", url, gateway.config)
+    logger.info("listening on %s, settings %s", url, gateway.settings.masked())
     started_at_s = gateway.clock()
 
     def announce() -> None:
         model = gateway.monitor.status.models[0]
-        key = ' \\\n  -H "Authorization: Bearer $API_KEY"' if gateway.config.api_keys else ""
+        key = (
+            ' \\\n  -H "Authorization: Bearer $API_KEY"' if gateway.settings.server.api_keys else ""
+        )
         body = json.dumps({"model": model.name, "messages": [{"role": "user", "content": "Hello"}]})
         print(  # noqa: T201
             f"Ready after {gateway.clock() - started_at_s:.0f} s: {model.name}, "
@@ -227,9 +233,8 @@ def _parser() -> argparse.ArgumentParser:
     gateway.add_argument(
         "--engine-url",
         type=_usable(parse_engine_url, "a URL as http://host:8001, without /v1 and without a user"),
-        required=True,
         metavar="URL",
-        help="vLLM's URL without /v1",
+        help="vLLM's URL without /v1 (default: the engines of the settings' file)",
     )
     _add_server_arguments(gateway)
 
@@ -266,6 +271,12 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--port",
         type=_usable(parse_port, "a port number"),
         help="port to listen on (default: $SALA_SERVE_PORT or 8000; 0: any)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings in TOML (default: $SALA_SERVE_CONFIG; docs/settings.md lists them)",
     )
     parser.add_argument(
         "--api-key-file",

@@ -42,7 +42,7 @@ def build_app(gateway: Gateway) -> Starlette:
                 endpoints=[route.path for route in routes],
                 clock=gateway.clock,
             ),
-            Middleware(AuthMiddleware, api_keys=gateway.config.api_keys),
+            Middleware(AuthMiddleware, api_keys=gateway.settings.server.api_keys),
         ],
         exception_handlers={GatewayError: _answer_error, HTTPException: _answer_routing_error},
         lifespan=lifespan,

@@ -1,22 +1,42 @@
-"""The gateway's settings: frozen objects, and the one place that reads the environment.
+"""The gateway's settings: one frozen tree, and the one place that reads the file and the environment.
 
-Command line beats environment beats default. An unknown ``SALA_SERVE_*`` variable is an error, since a
-misspelt setting that is silently ignored is found in production.
+Command line beats environment beats file beats default. An unknown name is an error which says what the
+nearest known one is, since a misspelt setting that is silently ignored is found in production.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+import difflib
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
-    from _typeshed import DataclassInstance
+from sala_serve.engine.settings import EngineSettings
+from sala_serve.settings import NonNegativeInt, PositiveInt, Seconds, Section
+from sala_serve.state import StateSettings
+from sala_serve.tokens.settings import TokenSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from pydantic.fields import FieldInfo
 
 PREFIX = "SALA_SERVE_"
+DELIMITER = "__"
 
 
 class ConfigError(ValueError):
@@ -47,38 +67,121 @@ class ApiKeys:
         return cls(keys)
 
 
-@dataclass(frozen=True)
-class GatewayConfig:
-    """Everything the gateway needs to know at start."""
+def _read_keys(value: object) -> object:
+    if isinstance(value, list) and all(isinstance(key, str) for key in value):
+        value = "\n".join(value)
+    return ApiKeys.from_text(value) if isinstance(value, str) else value
+
+
+class ServerSettings(Section):
+    """The listening side: addresses, bounds on what clients send and take."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    engine_url: str = "http://127.0.0.1:8001"
-    """Base URL of vLLM, without ``/v1``."""
-    engine_socket: Path | None = None
-    """Unix socket on which the engine listens; ``engine_url`` then only fills the Host header."""
-    api_keys: ApiKeys = field(default_factory=ApiKeys)
-    max_body_bytes: int = 32 * 1024 * 1024
+    """Address to listen on (`--host`)."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port (`--port`); 0: any."""
+    api_keys: Annotated[
+        InstanceOf[ApiKeys], BeforeValidator(_read_keys), PlainSerializer(repr), NoDecode
+    ] = ApiKeys()
+    """Keys of the tenant `default` (`--api-key-file`); without these and without tenants everybody may ask."""
+    max_body_bytes: PositiveInt = 32 * 1024 * 1024
     """A million tokens are 5 MB of text, 12 MB when the client escapes Chinese."""
-    max_running_requests: int = 1024
-    """Running or uploading at the same time; more are refused. Each may hold ``max_body_bytes``."""
-    upload_timeout_s: float = 120.0
+    max_buffered_bytes: PositiveInt = 1024 * 1024 * 1024
+    """All bodies that this replica holds, uploading, waiting and running; a body counts until its answer ends."""
+    max_running_requests: PositiveInt = 1024
+    """Running or uploading at the same time; more are refused."""
+    max_uploads_per_key: PositiveInt = 64
+    """Bodies that one key may be sending at the same time."""
+    upload_timeout_s: Seconds = 120.0
     """For the client's body to arrive."""
-    send_timeout_s: float = 60.0
+    min_upload_bytes_per_s: PositiveInt = 1024
+    """A body that comes slower than this, measured after its first 10 s, is given up."""
+    send_timeout_s: Seconds = 60.0
     """For a client to take the next piece of its answer; a slower one is cut off."""
-    drain_timeout_s: float = 300.0
+    hold_status_s: Annotated[float, Field(ge=0, le=30)] = 1.0
+    """How long the status of a stream is held back, so that an early error keeps its own."""
+    progress_interval_s: Seconds = 1.0
+    """Between two notes about place and progress on a stream that has no token yet."""
+    drain_timeout_s: Seconds = 300.0
     """After SIGTERM, how long running requests may take to finish before they are cut."""
-    probe_interval_s: float = 1.0
-    """Between two looks at the engine's health."""
-    stuck_after_s: float = 60.0
-    """A connected engine whose health stays unanswered for this long counts as down."""
-    engine_connect_timeout_s: float = 5.0
-    """Until the engine accepts a connection."""
-    engine_write_timeout_s: float = 60.0
-    """For the engine to take the next piece of a request's body."""
-    engine_read_timeout_s: float = 3600.0
-    """Between two bytes of the answer. The engine is silent during a prefill, which lasts minutes for a
-    million tokens, and an answer that is not streamed is silent until its last token."""
+
+
+class DeadlineSettings(Section):
+    """How long the phases of one request may take. A client may shorten them with `X-Request-Timeout-S`."""
+
+    queue_s: Seconds = 3600.0
+    """From the body's arrival to the start on an engine."""
+    first_token_s: Seconds = 7200.0
+    """From the start on an engine to the first token; a million tokens take minutes."""
+    between_tokens_s: Seconds = 600.0
+    """Between two tokens of a stream, once the first has come."""
+    total_s: Seconds = 14400.0
+    """From the body's arrival to the end of the answer."""
+
+
+class BodySettings(Section):
+    """Bounds on what is inside a generating body; they stop cheap denial, not long prompts."""
+
+    max_json_depth: PositiveInt = 64
+    """Objects and lists inside each other."""
+    max_messages: PositiveInt = 20_000
+    """Messages of a chat, and prompts of one completion request."""
+    max_tools: PositiveInt = 256
+    """Tools of a chat."""
+    max_schema_bytes: PositiveInt = 256 * 1024
+    """Of `response_format`, of `structured_outputs` and of each tool, as JSON."""
+    max_stop_strings: PositiveInt = 16
+    """Strings or token ids that end an answer."""
+    max_choices: PositiveInt = 8
+    """Of `n` and `best_of`: each choice holds a whole context."""
+    max_logprobs: NonNegativeInt = 20
+    """Of `logprobs` and `top_logprobs`: alternatives of each token."""
+
+
+class Settings(BaseSettings):
+    """Everything that the gateway needs to know at start."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter=DELIMITER
+    )
+
+    server: ServerSettings = ServerSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+    bodies: BodySettings = BodySettings()
+    state: StateSettings = StateSettings()
+    tokens: TokenSettings = TokenSettings()
+    engines: Annotated[tuple[EngineSettings, ...], Field(min_length=1)] = (EngineSettings(),)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing unasked: :func:`load_settings` is given what to read."""
+        return (init_settings,)
+
+    def masked(self) -> str:
+        """Return what differs from the defaults, as JSON without any secret, for the log."""
+        defaults = Settings().model_dump(mode="json")
+        changed = {
+            section: value
+            for section, values in self.model_dump(mode="json").items()
+            if (value := _difference(values, defaults[section])) not in ({}, None)
+        }
+        return _URL_PASSWORD.sub(r"\1***@", json.dumps(changed, ensure_ascii=False))
+
+
+_URL_PASSWORD = re.compile(r"(\w://)[^/@\s\"]*@")
+
+
+def _difference(value: Any, default: Any) -> Any:
+    if isinstance(value, dict) and isinstance(default, dict):
+        return {name: each for name, each in value.items() if each != default.get(name)}
+    return None if value == default else value
 
 
 @dataclass(frozen=True)
@@ -89,16 +192,63 @@ class ChatConfig:
     api_key: str | None = field(default=None, repr=False)
 
 
-def _positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+FLAT: Mapping[str, tuple[str, str]] = {
+    "HOST": ("server", "host"),
+    "PORT": ("server", "port"),
+    "API_KEYS": ("server", "api_keys"),
+    "MAX_BODY_BYTES": ("server", "max_body_bytes"),
+    "MAX_RUNNING_REQUESTS": ("server", "max_running_requests"),
+    "DRAIN_TIMEOUT_S": ("server", "drain_timeout_s"),
+    "ENGINE_READ_TIMEOUT_S": ("engines", "read_timeout_s"),
+}
+"""Variables with a short name of their own, and the setting that each one sets; that of ``engines`` holds for
+every engine that does not set its own."""
+COMMAND_VARIABLES = ("CONFIG", "URL", "API_KEY")
+"""Read by the commands: the file of settings, and the server and key of ``sala-serve chat``."""
 
 
-def _positive_float(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise ValueError
-    return value
+def load_settings(
+    env: Mapping[str, str],
+    *,
+    file: Path | None = None,
+    overrides: Mapping[str, Mapping[str, Any] | list[Any]] | None = None,
+) -> Settings:
+    """Read the gateway's settings.
+
+    Args:
+        env: the process environment.
+        file: a TOML file; else the one that ``SALA_SERVE_CONFIG`` names, if any.
+        overrides: sections from the command line; a field that is ``None`` was not given.
+
+    Raises:
+        ConfigError: the file cannot be read, or a name is unknown or has no usable value.
+    """
+    _check_names(env)
+    path = file or (Path(name) if (name := env.get(f"{PREFIX}CONFIG")) else None)
+    values = {} if path is None else _read_file(path)
+    in_env = _read_environment(env)
+    values = _merged(_merged(values, in_env), _without_none(overrides or {}))
+    if (text := env.get(f"{PREFIX}ENGINE_READ_TIMEOUT_S")) is not None:
+        engines = values.get("engines") or [{}]
+        values["engines"] = [{"read_timeout_s": text, **engine} for engine in engines]
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        (first, *_) = error.errors(include_url=False, include_input=False, include_context=False)
+        raise ConfigError(_explain(first["loc"], first["type"], first["msg"], env, path)) from None
+
+
+def load_chat_config(env: Mapping[str, str], **overrides: str | None) -> ChatConfig:
+    """Read the terminal client's settings; an override that is ``None`` was not given.
+
+    Raises:
+        ConfigError: a ``SALA_SERVE_*`` variable is unknown.
+    """
+    _check_names(env)
+    values = {name: env.get(PREFIX + name.upper()) for name in ("url", "api_key")} | {
+        name: value for name, value in overrides.items() if value is not None
+    }
+    return ChatConfig(**{name: value for name, value in values.items() if value is not None})
 
 
 def parse_port(text: str) -> int:
@@ -118,52 +268,6 @@ def parse_engine_url(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class _Variable:
-    parse: Callable[[str], Any]
-    expected: str
-
-
-VARIABLES: Mapping[str, _Variable] = {
-    "HOST": _Variable(str, "a host name or address"),
-    "PORT": _Variable(parse_port, "a port number"),
-    "API_KEYS": _Variable(ApiKeys.from_text, "keys separated by commas"),
-    "MAX_BODY_BYTES": _Variable(_positive_int, "a positive integer"),
-    "MAX_RUNNING_REQUESTS": _Variable(_positive_int, "a positive integer"),
-    "DRAIN_TIMEOUT_S": _Variable(_positive_float, "seconds above 0"),
-    "ENGINE_READ_TIMEOUT_S": _Variable(_positive_float, "seconds above 0"),
-    "URL": _Variable(str, "the gateway's URL"),
-    "API_KEY": _Variable(str, "one key"),
-}
-"""Every ``SALA_SERVE_*`` variable, named as its field; ``sala-serve chat`` reads the last two."""
-
-
-def load_gateway_config(env: Mapping[str, str], **overrides: object) -> GatewayConfig:
-    """Resolve the gateway's settings.
-
-    Args:
-        env: the process environment.
-        overrides: fields of :class:`GatewayConfig` from the command line; ``None`` means not given.
-
-    Raises:
-        ConfigError: a ``SALA_SERVE_*`` variable is unknown or has no usable value.
-    """
-    return GatewayConfig(**_resolve(GatewayConfig, env, overrides))
-
-
-def load_chat_config(env: Mapping[str, str], **overrides: object) -> ChatConfig:
-    """Resolve the terminal client's settings; arguments as for :func:`load_gateway_config`."""
-    return ChatConfig(**_resolve(ChatConfig, env, overrides))
-
-
-def _resolve(
-    config: type[DataclassInstance], env: Mapping[str, str], overrides: Mapping[str, object]
-) -> dict[str, Any]:
-    known = {each.name for each in fields(config)}
-    values = {name: value for name, value in _read(env).items() if name in known}
-    return values | {name: value for name, value in overrides.items() if value is not None}
-
-
 def read_api_key_file(path: Path) -> ApiKeys:
     """Read API keys from a file, one a line.
 
@@ -176,22 +280,148 @@ def read_api_key_file(path: Path) -> ApiKeys:
         raise ConfigError(f"cannot read the API key file {path}: {error}") from None
 
 
-def _read(env: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for full_name, text in env.items():
-        if not full_name.startswith(PREFIX):
+def setting_fields() -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Yield the path and the definition of every setting, in order; those of a list are its items'."""
+    for name, section in Settings.model_fields.items():
+        kind = section.annotation
+        items: Any = getattr(kind, "__args__", (kind,))[0]
+        for each, definition in items.model_fields.items():
+            yield (name, each), definition
+
+
+def variable_of(path: tuple[str, ...]) -> str:
+    """Return the environment variable that sets ``path``; a short one where there is one."""
+    for name, flat in FLAT.items():
+        if flat == path:
+            return PREFIX + name
+    return PREFIX + DELIMITER.join(path).upper()
+
+
+class _Environment(EnvSettingsSource):
+    """Reads a mapping instead of the process's environment."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._given = {name.lower(): text for name, text in env.items()}
+        super().__init__(Settings)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return self._given
+
+
+def _read_environment(env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values that the environment sets, by section."""
+    named = {name: text for name, text in env.items() if name.startswith(PREFIX)}
+    for name, path in FLAT.items():
+        if (text := named.pop(PREFIX + name, None)) is None or path[0] == "engines":
             continue
-        name = full_name.removeprefix(PREFIX)
-        if (variable := VARIABLES.get(name)) is None:
-            known = ", ".join(PREFIX + other for other in VARIABLES)
-            raise ConfigError(
-                f"unknown environment variable {full_name}; known are {known}. In Kubernetes set "
-                "enableServiceLinks: false, else a service named sala-serve injects such names"
-            )
-        try:
-            values[name.lower()] = variable.parse(text)
-        except ConfigError as error:
-            raise ConfigError(f"{full_name}: {error}") from None
-        except ValueError:
-            raise ConfigError(f"{full_name}: expected {variable.expected}, got {text!r}") from None
-    return values
+        full_name = PREFIX + DELIMITER.join(path).upper()
+        if full_name in named:
+            raise ConfigError(f"{PREFIX}{name} and {full_name} are one setting: set one of them")
+        named[full_name] = text
+    try:
+        return _Environment(named)()
+    except SettingsError:
+        # its message does not say which of them
+        names = ", ".join(sorted(named))
+        raise ConfigError(f"{names}: expected JSON for a list, a table or a section") from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the settings in {path}: {error}") from None
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``below`` with the values of ``above``, section by section; a list replaces a list."""
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        is_nested = isinstance(under, dict) and isinstance(value, dict)
+        merged[name] = _merged(under or {}, value) if is_nested else value
+    return merged
+
+
+def _without_none(sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+        if value is not None
+    }
+
+
+def _check_names(env: Mapping[str, str]) -> None:
+    """Refuse variables that set nothing."""
+    settings = {PREFIX + DELIMITER.join(path).upper() for path, _ in setting_fields()}
+    sections = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {PREFIX + name for name in (*FLAT, *COMMAND_VARIABLES)} | settings | sections
+    for name in env:
+        if not name.startswith(PREFIX) or name in known:
+            continue
+        if any(name.startswith(each + DELIMITER) for each in settings):  # an entry of a table
+            continue
+        raise ConfigError(
+            f"unknown environment variable {name}{_nearest(name, known)}. In Kubernetes set "
+            "enableServiceLinks: false, else a service named sala-serve injects such names"
+        )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)
+    return f"; the nearest setting is {found[0]}" if found else ""
+
+
+def _explain(
+    loc: tuple[int | str, ...], kind: str, message: str, env: Mapping[str, str], file: Path | None
+) -> str:
+    """Say in one line what is wrong with the setting at ``loc``, and where it was set."""
+    name = ".".join(map(str, loc))
+    if kind == "extra_forbidden":
+        known = [".".join(path) for path, _ in setting_fields()] + list(Settings.model_fields)
+        where = f" in {file}" if file else ""
+        plain = ".".join(str(part) for part in loc if not isinstance(part, int))
+        return f"unknown setting {name}{where}{_nearest(plain, known)}"
+    path = tuple(str(part) for part in loc if not isinstance(part, int))
+    variables = {variable_of(path), PREFIX + DELIMITER.join(path).upper()}
+    names = sorted(variables & env.keys()) or [name]
+    return f"{names[0]}: {message[:1].lower()}{message[1:].removeprefix('alue error, ')}"
+
+
+def settings_page() -> str:
+    """Return ``docs/settings.md``: every setting with its default, as the code has it."""
+    lines = [_PAGE_HEAD]
+    section = ""
+    for (name, each), definition in setting_fields():
+        if name != section:
+            section = name
+            header = f"[[{name}]]" if name == "engines" else f"[{name}]"
+            lines += [
+                "",
+                f"## `{header}`",
+                "",
+                "| field | default | meaning |",
+                "| --- | --- | --- |",
+            ]
+        default = definition.get_default(call_default_factory=True, validated_data={})
+        meaning = " ".join((definition.description or "").split())
+        lines.append(f"| `{each}` | {_shown(default)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ApiKeys() or default in ((), {}, ""):
+        return ""
+    return f"`{json.dumps(default, default=str)}`"
+
+
+_PAGE_HEAD = """\
+# Settings
+
+Command line beats environment beats file beats default. The file is TOML, named by `--config` or `SALA_SERVE_CONFIG`; the
+variable of a field is `SALA_SERVE_<SECTION>__<FIELD>`, a list or table is JSON there. Some have a short name too, which
+[api.md](api.md) lists. A name that is not here is an error. `python -m sala_serve.config` writes this page."""
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")  # noqa: T201

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from sala_serve.engine.http import HttpEngine, engine_client
 from sala_serve.engine.monitor import EngineMonitor
-from sala_serve.engine.settings import EngineSettings
 from sala_serve.running import RunningRequests
 from sala_serve.telemetry import Metrics
 
@@ -19,14 +18,14 @@ if TYPE_CHECKING:
 
     import httpx
 
-    from sala_serve.config import GatewayConfig
+    from sala_serve.config import Settings
 
 
 @dataclass(frozen=True)
 class Gateway:
     """What endpoints share; they get it as an argument, since no module holds state."""
 
-    config: GatewayConfig
+    settings: Settings
     clock: Callable[[], float]
     """Monotonic seconds."""
     engine: HttpEngine
@@ -36,33 +35,25 @@ class Gateway:
     clients: tuple[httpx.AsyncClient, ...]
 
     @classmethod
-    def create(
-        cls, config: GatewayConfig, *, clock: Callable[[], float] = time.monotonic
-    ) -> Gateway:
+    def create(cls, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> Gateway:
         """Make the parts; nothing is connected yet."""
         # probes have a client of their own, so that no request can hold them up
-        settings = EngineSettings(
-            url=config.engine_url,
-            socket=config.engine_socket,
-            connect_timeout_s=config.engine_connect_timeout_s,
-            write_timeout_s=config.engine_write_timeout_s,
-            read_timeout_s=config.engine_read_timeout_s,
-        )
-        request_client, probe_client = engine_client(settings), engine_client(settings)
+        engine = settings.engines[0]
+        request_client, probe_client = engine_client(engine), engine_client(engine)
         metrics = Metrics()
         monitor = EngineMonitor(
             probe_client,
             metrics=metrics,
-            probe_interval_s=config.probe_interval_s,
-            stuck_after_s=config.stuck_after_s,
+            probe_interval_s=engine.probe_interval_s,
+            stuck_after_s=engine.stuck_after_s,
             clock=clock,
         )
         return cls(
-            config=config,
+            settings=settings,
             clock=clock,
             engine=HttpEngine(request_client),
             monitor=monitor,
-            running=RunningRequests(config.max_running_requests),
+            running=RunningRequests(settings.server.max_running_requests),
             metrics=metrics,
             clients=(request_client, probe_client),
         )

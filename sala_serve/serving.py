@@ -177,7 +177,7 @@ async def serve(
 
 
 async def _drain(gateway: Gateway) -> None:
-    timeout_s = gateway.config.drain_timeout_s
+    timeout_s = gateway.settings.server.drain_timeout_s
     logger.info("stopping: %d requests run, %.0f s to finish", len(gateway.running), timeout_s)
     if num_cut := await gateway.running.drain(timeout_s):
         logger.warning("cut %d requests that did not finish in time", num_cut)

@@ -65,7 +65,7 @@ RULES = [
     Rule(
         "sala_serve/config.py",
         tuple(LAYERS),
-        excepted=tuple(f"{layer}.settings" for layer in LAYERS),
+        excepted=(*(f"{layer}.settings" for layer in LAYERS), "sala_serve.state.StateSettings"),
     ),
 ]
 LAYER_RULES = [

@@ -59,7 +59,7 @@ class GenerationEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to its end, which is always noted in its record."""
         record = RequestRecord.of(scope)
-        writer = AnswerWriter(send, send_timeout_s=self._gateway.config.send_timeout_s)
+        writer = AnswerWriter(send, send_timeout_s=self._gateway.settings.server.send_timeout_s)
         try:
             async with self._gateway.running.admit() as running:
                 generation = await self._receive(Request(scope, receive))
@@ -85,7 +85,7 @@ class GenerationEndpoint:
                 await writer.finish()
 
     async def _receive(self, request: Request) -> Generation:
-        config = self._gateway.config
+        config = self._gateway.settings.server
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
             raise InvalidRequest("Content-Encoding is not supported: send the body as it is.")

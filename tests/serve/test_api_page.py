@@ -1,7 +1,6 @@
 """docs/api.md agrees with the code."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import openai
@@ -9,7 +8,7 @@ import pytest
 
 from sala_serve import errors
 from sala_serve.bodies import FORBIDDEN_FIELDS
-from sala_serve.config import PREFIX, VARIABLES, ChatConfig, GatewayConfig
+from sala_serve.config import COMMAND_VARIABLES, FLAT, PREFIX, ChatConfig, setting_fields
 from sala_serve.errors import GatewayError
 from sala_serve.telemetry import METRICS
 
@@ -86,16 +85,11 @@ def test_metrics_are_those_of_the_code():
 
 def test_settings_and_defaults_are_those_of_the_code():
     rows = {row[0].removeprefix(PREFIX): row[1] for row in table("Settings")}
-    assert set(rows) == set(VARIABLES)
-    for name, default in rows.items():
-        config = GatewayConfig() if hasattr(GatewayConfig(), name.lower()) else ChatConfig()
-        value = getattr(config, name.lower())
-        assert default == (str(value) if value else "")
-
-
-def test_every_variable_sets_a_field():
-    names = {field.name for config in (GatewayConfig, ChatConfig) for field in fields(config)}
-    assert {name.lower() for name in VARIABLES} <= names
+    assert set(rows) == {*FLAT, *COMMAND_VARIABLES}
+    settings = {path: definition.default for path, definition in setting_fields()}
+    for name, shown in rows.items():
+        default = settings[FLAT[name]] if name in FLAT else getattr(ChatConfig(), name.lower(), "")
+        assert shown == (str(default) if default else "")
 
 
 def test_refused_fields_are_those_of_the_code():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sala_serve.config import GatewayConfig
+from sala_serve.config import Settings
 from sala_serve.engine.launch import EngineCommand
 from sala_serve.engine.supervisor import (
     EngineStartFailed,
@@ -30,10 +30,8 @@ class Bench:
         socket = stub.folder / "engine.sock"
         self.lines = []
         self.delays_s = []
-        config = GatewayConfig(
-            engine_url="http://engine", engine_socket=socket, probe_interval_s=0.02
-        )
-        self.gateway = Gateway.create(config)
+        engine = {"url": "http://engine", "socket": socket, "probe_interval_s": 0.02}
+        self.gateway = Gateway.create(Settings(engines=(engine,)))
         argv = (sys.executable, str(STUB), "--uds", str(socket), "--served-model-name", "sala")
         self.supervisor = EngineSupervisor(
             EngineCommand(argv, stub.env(mode)),
