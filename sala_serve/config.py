@@ -28,6 +28,7 @@ from pydantic_settings import (
 from sala_serve.engine.settings import EngineSettings
 from sala_serve.settings import NonNegativeInt, PositiveInt, Seconds, Section
 from sala_serve.state import StateSettings
+from sala_serve.telemetry.settings import TelemetrySettings
 from sala_serve.tokens.settings import TokenSettings
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class Settings(BaseSettings):
     bodies: BodySettings = BodySettings()
     state: StateSettings = StateSettings()
     tokens: TokenSettings = TokenSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     engines: Annotated[tuple[EngineSettings, ...], Field(min_length=1)] = (EngineSettings(),)
 
     @classmethod
