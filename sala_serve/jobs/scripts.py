@@ -1,0 +1,308 @@
+"""The Lua scripts of the store: each is one atomic step, so that no reader sees half of it.
+
+Keys are built from identities inside the scripts, so Redis Cluster is not supported. Instants are
+milliseconds of Redis' own clock, unless a caller gives one, so that replicas need not agree on the time.
+
+::
+
+    sala:job:ID              hash    what is known of a job; ``token`` fences its writers
+    sala:job:ID:spec         string  what the worker needs; gone when the job is over
+    sala:job:ID:input        string  what a later response builds on
+    sala:job:ID:events       stream  output events; entry N+1-0 is sequence number N
+    sala:job:ID:lines        hash    results of a batch's lines until they are in files
+    sala:jobs:LANE:ready:T   list    jobs of tenant T that wait for a worker, oldest first
+    sala:jobs:LANE:tenants   zset    tenants with such jobs, by the turn they last had
+    sala:jobs:LANE:delayed   zset    jobs that wait for another attempt, by when it is due
+    sala:jobs:LANE:leases    zset    jobs that run, by when their lease ends
+    sala:jobs:dead           stream  jobs given up after their last attempt
+"""
+
+_PRELUDE = """
+local function now_ms(given)
+    if given ~= '' then return tonumber(given) end
+    local time = redis.call('TIME')
+    return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local function ms(value) return string.format('%.0f', value) end
+local function is_final(status) return status ~= 'queued' and status ~= 'in_progress' end
+local function enqueue(lane, tenant, id, side)
+    redis.call(side, 'sala:jobs:' .. lane .. ':ready:' .. tenant, id)
+    local turn = redis.call('GET', 'sala:jobs:' .. lane .. ':turn') or '0'
+    redis.call('ZADD', 'sala:jobs:' .. lane .. ':tenants', 'NX', turn, tenant)
+end
+local function append(job, events, first)
+    local last = tonumber(redis.call('HGET', job, 'seq'))
+    for index = first, #events do
+        last = last + 1
+        redis.call('XADD', job .. ':events', ms(last + 1) .. '-0', 'e', events[index])
+    end
+    redis.call('HSET', job, 'seq', ms(last))
+    return last
+end
+local function holds(job, token)
+    local known = redis.call('HMGET', job, 'token', 'status')
+    return known[1] == token and known[2] == 'in_progress'
+end
+"""
+
+SUBMIT = (
+    _PRELUDE
+    + """
+-- id lane tenant status created_ms document with_events bytes | events
+local id, lane, tenant, status = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local job = 'sala:job:' .. id
+redis.call('HSET', job, 'lane', lane, 'tenant', tenant, 'status', status, 'created', ARGV[5],
+    'doc', ARGV[6], 'events', ARGV[7], 'bytes', ARGV[8],
+    'attempt', '0', 'token', '0', 'seq', '-1', 'progress', '{}')
+append(job, ARGV, 9)
+if status == 'queued' then enqueue(lane, tenant, id, 'RPUSH') end
+return 1
+"""
+)
+
+LEASE = (
+    _PRELUDE
+    + """
+-- lane now lease_ms | tenants that are not to be served
+local lane, now = ARGV[1], now_ms(ARGV[2])
+local leases, tenants = 'sala:jobs:' .. lane .. ':leases', 'sala:jobs:' .. lane .. ':tenants'
+local delayed = 'sala:jobs:' .. lane .. ':delayed'
+local skipped = {}
+for index = 4, #ARGV do skipped[ARGV[index]] = true end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', ms(now), 'LIMIT', 0, 100)) do
+    redis.call('ZREM', leases, id)
+    local tenant = redis.call('HGET', 'sala:job:' .. id, 'tenant')
+    if tenant then
+        redis.call('HINCRBY', 'sala:job:' .. id, 'token', 1)
+        enqueue(lane, tenant, id, 'LPUSH')
+    end
+end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', delayed, '-inf', ms(now), 'LIMIT', 0, 100)) do
+    redis.call('ZREM', delayed, id)
+    local tenant = redis.call('HGET', 'sala:job:' .. id, 'tenant')
+    if tenant then enqueue(lane, tenant, id, 'LPUSH') end
+end
+for _, tenant in ipairs(redis.call('ZRANGE', tenants, 0, -1)) do
+    if not skipped[tenant] then
+        local ready = 'sala:jobs:' .. lane .. ':ready:' .. tenant
+        local id = redis.call('LPOP', ready)
+        while id do
+            local job = 'sala:job:' .. id
+            local status = redis.call('HGET', job, 'status')
+            if status and not is_final(status) then
+                local token = redis.call('HINCRBY', job, 'token', 1)
+                local attempt = redis.call('HINCRBY', job, 'attempt', 1)
+                redis.call('HSET', job, 'status', 'in_progress', 'progress', '{}')
+                redis.call('ZADD', leases, ms(now + tonumber(ARGV[3])), id)
+                local turn = redis.call('INCR', 'sala:jobs:' .. lane .. ':turn')
+                redis.call('ZADD', tenants, 'XX', ms(turn), tenant)
+                local known = redis.call('HMGET', job, 'seq', 'created')
+                return {id, tenant, ms(token), ms(attempt), known[1], ms(now - known[2])}
+            end
+            id = redis.call('LPOP', ready)
+        end
+        redis.call('ZREM', tenants, tenant)
+    end
+end
+return false
+"""
+)
+
+HEARTBEAT = (
+    _PRELUDE
+    + """
+-- lane now lease_ms | id token ...; answers 0 lost, 1 held, 2 held and its owner wants it cancelled
+local leases = 'sala:jobs:' .. ARGV[1] .. ':leases'
+local ends = ms(now_ms(ARGV[2]) + tonumber(ARGV[3]))
+local answers = {}
+for index = 4, #ARGV, 2 do
+    local id, job = ARGV[index], 'sala:job:' .. ARGV[index]
+    local answer = 0
+    if holds(job, ARGV[index + 1]) and redis.call('ZSCORE', leases, id) then
+        redis.call('ZADD', leases, 'XX', ends, id)
+        answer = redis.call('HEXISTS', job, 'cancel') == 1 and 2 or 1
+    end
+    answers[#answers + 1] = answer
+end
+return answers
+"""
+)
+
+APPEND = (
+    _PRELUDE
+    + """
+-- id token | events; answers the last sequence number, or nothing when the lease is lost
+local job = 'sala:job:' .. ARGV[1]
+if not holds(job, ARGV[2]) then return false end
+return ms(append(job, ARGV, 3))
+"""
+)
+
+UPDATE = (
+    _PRELUDE
+    + """
+-- id token | field value ...
+local job = 'sala:job:' .. ARGV[1]
+if not holds(job, ARGV[2]) then return 0 end
+for index = 3, #ARGV, 2 do redis.call('HSET', job, ARGV[index], ARGV[index + 1]) end
+return 1
+"""
+)
+
+FINISH = (
+    _PRELUDE
+    + """
+-- id token status document now keep_ms keep_events_ms bytes dead_because | events
+-- without a token: from outside, whoever runs the job, unless it is over
+local id, token, job = ARGV[1], ARGV[2], 'sala:job:' .. ARGV[1]
+local known = redis.call('HMGET', job, 'status', 'lane', 'tenant')
+if not known[1] or is_final(known[1]) then return 0 end
+if token ~= '' and not holds(job, token) then return 0 end
+append(job, ARGV, 10)
+redis.call('HSET', job, 'status', ARGV[3], 'doc', ARGV[4], 'bytes', ARGV[8], 'progress', '{}')
+redis.call('HINCRBY', job, 'token', 1)
+redis.call('ZREM', 'sala:jobs:' .. known[2] .. ':leases', id)
+redis.call('ZREM', 'sala:jobs:' .. known[2] .. ':delayed', id)
+redis.call('DEL', job .. ':spec')
+redis.call('PEXPIRE', job, ARGV[6])
+redis.call('PEXPIRE', job .. ':input', ARGV[6])
+redis.call('PEXPIRE', job .. ':events', ARGV[7])
+redis.call('PEXPIRE', job .. ':lines', ARGV[6])
+if ARGV[9] ~= '' then
+    redis.call('XADD', 'sala:jobs:dead', 'MAXLEN', '~', 1000, '*', 'job', id, 'lane', known[2],
+        'tenant', known[3], 'because', ARGV[9])
+end
+return 1
+"""
+)
+
+RELEASE = (
+    _PRELUDE
+    + """
+-- id token delay_ms now counts
+local id, job = ARGV[1], 'sala:job:' .. ARGV[1]
+if not holds(job, ARGV[2]) then return 0 end
+local known = redis.call('HMGET', job, 'lane', 'tenant')
+redis.call('HSET', job, 'status', 'queued', 'progress', '{}')
+redis.call('HINCRBY', job, 'token', 1)
+if ARGV[5] == '0' then redis.call('HINCRBY', job, 'attempt', -1) end
+redis.call('ZREM', 'sala:jobs:' .. known[1] .. ':leases', id)
+if tonumber(ARGV[3]) > 0 then
+    redis.call('ZADD', 'sala:jobs:' .. known[1] .. ':delayed', ms(now_ms(ARGV[4]) + tonumber(ARGV[3])), id)
+else
+    enqueue(known[1], known[2], id, 'LPUSH')
+end
+return 1
+"""
+)
+
+DELETE = (
+    _PRELUDE
+    + """
+-- id
+local id, job = ARGV[1], 'sala:job:' .. ARGV[1]
+local lane = redis.call('HGET', job, 'lane')
+if not lane then return 0 end
+redis.call('ZREM', 'sala:jobs:' .. lane .. ':leases', id)
+redis.call('ZREM', 'sala:jobs:' .. lane .. ':delayed', id)
+redis.call('DEL', job, job .. ':spec', job .. ':input', job .. ':events', job .. ':lines')
+return 1
+"""
+)
+
+LINE = (
+    _PRELUDE
+    + """
+-- id token line result; a batch's line is written once, by the worker that holds the batch
+local job = 'sala:job:' .. ARGV[1]
+if not holds(job, ARGV[2]) then return 0 end
+redis.call('HSETNX', job .. ':lines', ARGV[3], ARGV[4])
+return 1
+"""
+)
+
+SHELF_PUT = (
+    _PRELUDE
+    + """
+-- shelf id bytes now limit may_evict: room for one object; answers {1, objects to delete} or {0}
+local shelf, id, bytes, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), now_ms(ARGV[4])
+local function remove(other)
+    local size = tonumber(redis.call('HGET', shelf .. ':bytes', other) or 0)
+    redis.call('HDEL', shelf .. ':bytes', other)
+    redis.call('ZREM', shelf .. ':index', other)
+    redis.call('ZREM', shelf .. ':expiry', other)
+    return tonumber(redis.call('DECRBY', shelf .. ':total', ms(size)))
+end
+local total = tonumber(redis.call('GET', shelf .. ':total') or 0)
+for _, other in ipairs(redis.call('ZRANGEBYSCORE', shelf .. ':expiry', '-inf', ms(now))) do
+    total = remove(other)
+end
+local victims, spare = {}, 0
+if ARGV[6] == '1' then
+    for _, other in ipairs(redis.call('ZRANGE', shelf .. ':expiry', 0, -1)) do
+        if total + bytes - spare <= tonumber(ARGV[5]) then break end
+        spare = spare + tonumber(redis.call('HGET', shelf .. ':bytes', other) or 0)
+        victims[#victims + 1] = other
+    end
+end
+if total + bytes - spare > tonumber(ARGV[5]) then return {0, {}} end
+for _, other in ipairs(victims) do remove(other) end
+redis.call('ZADD', shelf .. ':index', ms(now), id)
+redis.call('HSET', shelf .. ':bytes', id, ms(bytes))
+redis.call('INCRBY', shelf .. ':total', ms(bytes))
+return {1, victims}
+"""
+)
+
+SHELF_SET = (
+    _PRELUDE
+    + """
+-- shelf id bytes now keep_ms: the object has this size now and can be dropped after keep_ms
+local shelf, id, bytes = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local old = redis.call('HGET', shelf .. ':bytes', id)
+if not old then return 0 end
+redis.call('HSET', shelf .. ':bytes', id, ms(bytes))
+redis.call('INCRBY', shelf .. ':total', ms(bytes - tonumber(old)))
+redis.call('ZADD', shelf .. ':expiry', ms(now_ms(ARGV[4]) + tonumber(ARGV[5])), id)
+return 1
+"""
+)
+
+SHELF_REMOVE = (
+    _PRELUDE
+    + """
+-- shelf id
+local shelf, id = ARGV[1], ARGV[2]
+local size = redis.call('HGET', shelf .. ':bytes', id)
+if not size then return 0 end
+redis.call('HDEL', shelf .. ':bytes', id)
+redis.call('ZREM', shelf .. ':index', id)
+redis.call('ZREM', shelf .. ':expiry', id)
+redis.call('DECRBY', shelf .. ':total', size)
+return 1
+"""
+)
+
+SHELF_LIST = (
+    _PRELUDE
+    + """
+-- shelf now after limit newest_first: identities in order of creation
+local shelf = ARGV[1]
+for _, other in ipairs(redis.call('ZRANGEBYSCORE', shelf .. ':expiry', '-inf', ms(now_ms(ARGV[2])))) do
+    local size = redis.call('HGET', shelf .. ':bytes', other) or '0'
+    redis.call('HDEL', shelf .. ':bytes', other)
+    redis.call('ZREM', shelf .. ':index', other)
+    redis.call('ZREM', shelf .. ':expiry', other)
+    redis.call('DECRBY', shelf .. ':total', size)
+end
+local rank, range = 'ZRANK', 'ZRANGE'
+if ARGV[5] == '1' then rank, range = 'ZREVRANK', 'ZREVRANGE' end
+local first = 0
+if ARGV[3] ~= '' then
+    local place = redis.call(rank, shelf .. ':index', ARGV[3])
+    if not place then return false end
+    first = place + 1
+end
+return redis.call(range, shelf .. ':index', first, first + tonumber(ARGV[4]) - 1)
+"""
+)
