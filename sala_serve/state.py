@@ -90,6 +90,8 @@ class State:
         self.is_embedded = is_embedded
         self._settings = settings
         self._clock = clock
+        self.num_losses = 0
+        """How often the state went away; what was kept here meanwhile has to be entered after each."""
         self._lost_at_s: float | None = None
         self._is_checked = is_embedded
         self._up = Gauge(
@@ -124,7 +126,14 @@ class State:
             from fakeredis import FakeAsyncRedis, FakeServer
 
             server = FakeServer(version=OLDEST_VERSION)
-            embedded: Redis = FakeAsyncRedis(server=server, version=OLDEST_VERSION, protocol=2)
+            embedded: Redis = FakeAsyncRedis(
+                server=server,
+                version=OLDEST_VERSION,
+                protocol=2,
+                connection_pool_class=BlockingConnectionPool,
+                max_connections=settings.max_connections,
+                timeout=None,  # busy is not away
+            )
             return cls(embedded, settings, is_embedded=True, clock=clock, registry=registry)
         pool = BlockingConnectionPool.from_url(
             settings.url.get_secret_value(),
@@ -202,6 +211,7 @@ class State:
         if self._lost_at_s is None:
             # the class alone: a message may hold the URL, which may hold a password
             logger.error("the shared state is away: %s", type(error).__name__)
+            self.num_losses += 1
             self._losses.inc()
             self._up.set(0)
             self._lost_at_s = self._clock()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sala_serve.errors import PermissionDenied
+
 DEFAULT_TENANT_ID = "default"
 """Of requests with a key of the static list, and of all requests where no key is asked for."""
 
@@ -94,3 +96,35 @@ class Principal:
     key_id: str | None
     """``None``: a key of the static list, or no key was asked for."""
     scopes: Scopes = field(default_factory=Scopes)
+
+
+def check_scopes(
+    principal: Principal,
+    *,
+    model: str | None = None,
+    endpoint: str | None = None,
+    context_tokens: int | None = None,
+    tier: str | None = None,
+) -> None:
+    """Check what is given against the key's scopes.
+
+    Raises:
+        PermissionDenied: the key does not reach it; the message names what it reaches.
+    """
+    scopes = principal.scopes
+    for given, allowed, what, param in (
+        (endpoint, scopes.endpoints, "endpoint", None),
+        (model, scopes.models, "model", "model"),
+        (tier, scopes.tiers, "service tier", "service_tier"),
+    ):
+        if given is not None and allowed is not None and given not in allowed:
+            names = ", ".join(sorted(allowed)) or "none"
+            raise PermissionDenied(
+                f"This API key does not reach this {what}; allowed: {names}.", param=param
+            )
+    longest = scopes.max_context_tokens
+    if context_tokens is not None and longest is not None and context_tokens > longest:
+        raise PermissionDenied(
+            f"This API key allows {longest} tokens of prompt and answer together; this request asks for "
+            f"{context_tokens}."
+        )

@@ -92,6 +92,15 @@ async def test_redis_that_takes_no_writes_is_away(watched, redis_server, eventua
     await eventually(lambda: state.is_available)
 
 
+async def test_more_commands_at_once_than_connections_wait_their_turn(state):
+    async def count() -> None:
+        with state.guarded():
+            await state.redis.incr(b"sala:x")
+
+    await asyncio.gather(*(count() for _ in range(500)))
+    assert await state.redis.get(b"sala:x") == b"500"
+
+
 async def test_wrong_command_is_a_bug_and_not_an_outage(state):
     await state.redis.set(b"sala:x", b"text")
     with pytest.raises(RedisError), state.guarded():
