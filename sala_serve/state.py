@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
 from pydantic import SecretStr, field_validator
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -30,6 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from sala_serve.errors import StateUnavailable
 from sala_serve.settings import PositiveInt, Seconds, Section
+from sala_serve.telemetry import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,7 +83,7 @@ class State:
         *,
         is_embedded: bool,
         clock: Callable[[], float],
-        registry: CollectorRegistry | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.redis = redis
         """Answers are bytes; every key starts with ``sala:``."""
@@ -94,17 +94,8 @@ class State:
         """How often the state went away; what was kept here meanwhile has to be entered after each."""
         self._lost_at_s: float | None = None
         self._is_checked = is_embedded
-        self._up = Gauge(
-            "sala_gateway_state_up",
-            "1 while the shared state answers (always, where it is embedded), else 0.",
-            registry=registry or CollectorRegistry(),
-        )
-        self._losses = Counter(
-            "sala_gateway_state_losses_total",
-            "How often the shared state went away.",
-            registry=registry or CollectorRegistry(),
-        )
-        self._up.set(1)
+        self._metrics = metrics or Metrics()
+        self._metrics.set_state_up(True)
 
     @classmethod
     def create(
@@ -112,14 +103,14 @@ class State:
         settings: StateSettings,
         *,
         clock: Callable[[], float],
-        registry: CollectorRegistry | None = None,
+        metrics: Metrics | None = None,
     ) -> State:
         """Make the pool or the embedded store; nothing is connected yet.
 
         Args:
             settings: where the state lives.
             clock: monotonic seconds.
-            registry: where the metrics of the state go; none: nowhere.
+            metrics: say whether it answers; none: of its own.
         """
         if settings.url is None:
             # only here, since it takes a while and a gateway with Redis never needs it
@@ -134,7 +125,7 @@ class State:
                 max_connections=settings.max_connections,
                 timeout=None,  # busy is not away
             )
-            return cls(embedded, settings, is_embedded=True, clock=clock, registry=registry)
+            return cls(embedded, settings, is_embedded=True, clock=clock, metrics=metrics)
         pool = BlockingConnectionPool.from_url(
             settings.url.get_secret_value(),
             protocol=2,  # the shapes of answers that the embedded store gives too
@@ -146,7 +137,7 @@ class State:
             retry=Retry(NoBackoff(), 0),
         )
         redis = Redis.from_pool(pool)
-        return cls(redis, settings, is_embedded=False, clock=clock, registry=registry)
+        return cls(redis, settings, is_embedded=False, clock=clock, metrics=metrics)
 
     @property
     def is_available(self) -> bool:
@@ -212,12 +203,12 @@ class State:
             # the class alone: a message may hold the URL, which may hold a password
             logger.error("the shared state is away: %s", type(error).__name__)
             self.num_losses += 1
-            self._losses.inc()
-            self._up.set(0)
+            self._metrics.state_lost()
+            self._metrics.set_state_up(False)
             self._lost_at_s = self._clock()
 
     def _regain(self) -> None:
         if self._lost_at_s is not None:
             logger.warning("the shared state is back after %.1f s", self._clock() - self._lost_at_s)
             self._lost_at_s = None
-            self._up.set(1)
+            self._metrics.set_state_up(True)

@@ -95,6 +95,23 @@ class Metrics:
         label = self._tenant(tenant_id)
         self._of["limit_tokens_total"].labels(label, kind, outcome).inc(num_tokens)
 
+    def limit_refused(self, limit: str) -> None:
+        """Count a refusal by the limit of this name, or by ``state``."""
+        self._of["limit_refusals_total"].labels(limit).inc()
+
+    def limit_granted_locally(self) -> None:
+        """Count a reservation from this replica's share."""
+        self._of["limit_local_reservations_total"].inc()
+
+    def limit_expired(self, num_reservations: int) -> None:
+        """Count reservations whose lease has ended."""
+        self._of["limit_expired_reservations_total"].inc(num_reservations)
+
+    def set_limit_books(self, *, num_reservations: int, num_unconfirmed: int) -> None:
+        """State what the limiter holds, and what it still has to tell the state."""
+        self._of["limit_reservations"].set(num_reservations)
+        self._of["limit_unconfirmed_steps"].set(num_unconfirmed)
+
     # work
 
     def prefill_done(self, engine_id: str, num_tokens: int) -> None:
@@ -145,6 +162,10 @@ class Metrics:
     def set_state_up(self, is_up: bool) -> None:
         """State whether Redis, or the embedded store, answers."""
         self._of["state_up"].set(is_up)
+
+    def state_lost(self) -> None:
+        """Count that the shared state stopped answering."""
+        self._of["state_losses_total"].inc()
 
     def set_buffered_bytes(self, num_bytes: int) -> None:
         """State how many bytes of request bodies are held."""

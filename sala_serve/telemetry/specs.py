@@ -183,5 +183,33 @@ METRICS = (
         "jobs", "gauge", ("kind", "status"), "Stored background responses and batches by status."
     ),
     MetricSpec("state_up", "gauge", (), "1 while the shared state (Redis, or embedded) answers."),
+    MetricSpec(
+        "state_losses_total", "counter", (), "How often the shared state stopped answering."
+    ),
+    MetricSpec(
+        "limit_refusals_total",
+        "counter",
+        ("limit",),
+        "Requests that a limit refused; limit is its field, or state where the state was away.",
+    ),
+    MetricSpec(
+        "limit_local_reservations_total",
+        "counter",
+        (),
+        "Reservations granted from this replica's share while the state was away.",
+    ),
+    MetricSpec(
+        "limit_expired_reservations_total",
+        "counter",
+        (),
+        "Reservations given back because their gateway no longer renewed them.",
+    ),
+    MetricSpec("limit_reservations", "gauge", (), "Reservations that running requests hold."),
+    MetricSpec(
+        "limit_unconfirmed_steps",
+        "gauge",
+        (),
+        "Settlements and refunds that the state has not confirmed yet.",
+    ),
     MetricSpec("buffered_bytes", "gauge", (), "Request bodies held in memory."),
 )

@@ -12,13 +12,11 @@ import logging
 import uuid
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from typing import TYPE_CHECKING, Literal
 
 from sala_serve.errors import StateUnavailable
 from sala_serve.state import State, StateSettings
-from sala_serve.telemetry import Usage
+from sala_serve.telemetry import Metrics, Usage
 from sala_serve.tenants.ledger import LIMIT_NAMES, Charge, Ledger, counted_input
 from sala_serve.tenants.refusals import rate_limit_headers, refusal, too_large
 
@@ -91,7 +89,7 @@ class Limiter:
         settings: leases, and what holds without Redis.
         tier: the tier of a name.
         unix_clock: seconds, for tests; ``None``: the clock of the store.
-        registry: where the metrics of limits go; none: nowhere.
+        metrics: count refusals and tokens; none: of its own.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class Limiter:
         tier: Callable[[str], Tier],
         clock: Callable[[], float],
         unix_clock: Callable[[], float] | None = None,
-        registry: CollectorRegistry | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._state = state
         self._settings = settings
@@ -119,33 +117,12 @@ class Limiter:
         self._renewed_at_s = clock()
         self._num_losses_seen = state.num_losses
         self._reconciling = asyncio.Lock()
-        registry = registry or CollectorRegistry()
-        self._refusals = Counter(
-            "sala_gateway_limit_refusals_total",
-            "Requests refused by a limit; limit is its field, or state while Redis is away.",
-            ["limit"],
-            registry=registry,
+        self._metrics = metrics or Metrics()
+        self._metrics.at_scrape(
+            lambda: self._metrics.set_limit_books(
+                num_reservations=len(self._live), num_unconfirmed=len(self._steps)
+            )
         )
-        self._local_grants = Counter(
-            "sala_gateway_limit_local_reservations_total",
-            "Reservations granted from this replica's share while Redis was away.",
-            registry=registry,
-        )
-        self._expired = Counter(
-            "sala_gateway_limit_expired_reservations_total",
-            "Reservations given back because their gateway did not renew them.",
-            registry=registry,
-        )
-        Gauge(
-            "sala_gateway_limit_reservations",
-            "Reservations that this replica's requests hold now.",
-            registry=registry,
-        ).set_function(lambda: len(self._live))
-        Gauge(
-            "sala_gateway_limit_unconfirmed_steps",
-            "Settlements and refunds that Redis has not confirmed yet.",
-            registry=registry,
-        ).set_function(lambda: len(self._steps))
 
     @asynccontextmanager
     async def reserve(
@@ -165,6 +142,9 @@ class Limiter:
         """
         reservation = await self._take(principal.tenant, claim, request_id)
         self._live[reservation.reservation_id] = reservation
+        self._count_tokens(
+            reservation, "reserved", reservation.charge.input, reservation.charge.output
+        )
         try:
             yield reservation
         finally:
@@ -176,6 +156,16 @@ class Limiter:
         """Settle a reservation, or refund it; for :class:`Reservation` and the block it lives in."""
         tenant, key = reservation.tenant, reservation.reservation_id
         self._live.pop(key, None)
+        used_input, used_output = 0, 0
+        if usage is not None:
+            used_input = counted_input(
+                usage.num_prompt_tokens, usage.num_cached_tokens, tenant.limits.cached_token_rate
+            )
+            used_output = usage.num_completion_tokens
+        self._count_tokens(reservation, "settled", used_input, used_output)
+        unused_input = max(reservation.charge.input - used_input, 0)
+        unused_output = max(reservation.charge.output - used_output, 0)
+        self._count_tokens(reservation, "refunded", unused_input, unused_output)
         if _is_unlimited(tenant.limits):
             if usage is not None:
                 self._add_unlimited(tenant, usage)
@@ -241,7 +231,7 @@ class Limiter:
         tier = self._tier(tenant.tier)
         charge = _charge(claim, limits)
         if (never := too_large(charge, limits)) is not None:
-            self._refusals.labels(LIMIT_NAMES[never]).inc()
+            self._metrics.limit_refused(LIMIT_NAMES[never])
             raise refusal(never, limits, charge, verdict=None)
         try:
             await self._reconcile()
@@ -249,7 +239,7 @@ class Limiter:
             verdict = await self._reserve_shared(reservation)
         except StateUnavailable:
             if tier.on_state_loss == "refuse":
-                self._refusals.labels("state").inc()
+                self._metrics.limit_refused("state")
                 raise
             return await self._take_locally(tenant, claim, request_id)
         self._raise_if_refused(verdict, limits, charge)
@@ -267,14 +257,14 @@ class Limiter:
                 # it may have been made all the same, or be made when Redis thaws
                 self._steps[key] = _Step(tenant, None)
                 raise
-        self._expired.inc(verdict.num_expired)
+        self._metrics.limit_expired(verdict.num_expired)
         return verdict
 
     async def _take_locally(self, tenant: Tenant, claim: Claim, request_id: str) -> Reservation:
         share = share_of(tenant.limits, self._settings.local_share)
         charge = _charge(claim, share)
         if too_large(charge, share) is not None:
-            self._refusals.labels("state").inc()
+            self._metrics.limit_refused("state")
             raise StateUnavailable(
                 "The gateway's shared state is not available, and this request is larger than what one "
                 "replica may admit without it; please retry."
@@ -294,14 +284,14 @@ class Limiter:
             self._local_steps[key] = (share, _Step(tenant, None))
             raise
         self._raise_if_refused(verdict, share, charge)
-        self._local_grants.inc()
+        self._metrics.limit_granted_locally()
         logger.debug("%s granted without the shared state", request_id)
         reservation.headers = rate_limit_headers(share, verdict.used, verdict.now_ms)
         return reservation
 
     def _raise_if_refused(self, verdict: Verdict, limits: Limits, charge: Charge) -> None:
         if (name := verdict.refused_by) is not None:
-            self._refusals.labels(LIMIT_NAMES[name]).inc()
+            self._metrics.limit_refused(LIMIT_NAMES[name])
             raise refusal(name, limits, charge, verdict=verdict)
 
     async def _reconcile(self) -> None:
@@ -359,6 +349,17 @@ class Limiter:
             await ledger.refund(tenant_id, limits, key)
         else:
             await ledger.settle(tenant_id, limits, key, step.usage, step.num_requests)
+
+    def _count_tokens(
+        self,
+        reservation: Reservation,
+        outcome: Literal["reserved", "settled", "refunded"],
+        num_input: int,
+        num_output: int,
+    ) -> None:
+        tenant_id = reservation.tenant.tenant_id
+        self._metrics.limit_tokens(tenant_id, "input", outcome, num_input)
+        self._metrics.limit_tokens(tenant_id, "output", outcome, num_output)
 
     def _add_unlimited(self, tenant: Tenant, usage: Usage) -> None:
         """Sum up what a tenant without limits used; entered twice a second, not with each request."""

@@ -2,24 +2,24 @@ import asyncio
 import time
 
 import pytest
-from prometheus_client import CollectorRegistry
 from pydantic import SecretStr, ValidationError
 from redis.exceptions import RedisError
 
 from sala_serve.errors import StateUnavailable
 from sala_serve.state import State, StateSettings
+from sala_serve.telemetry import Metrics
 
 
 @pytest.fixture
 async def watched(redis_server):
     """State on a real Redis with its watch running, and its metrics."""
-    registry = CollectorRegistry()
+    metrics = Metrics()
     settings = StateSettings(
         url=SecretStr(redis_server.url), command_timeout_s=0.3, watch_interval_s=0.02
     )
-    state = State.create(settings, clock=time.monotonic, registry=registry)
+    state = State.create(settings, clock=time.monotonic, metrics=metrics)
     watching = asyncio.create_task(state.run())
-    yield state, registry
+    yield state, metrics.registry
     watching.cancel()
     await state.close()
 

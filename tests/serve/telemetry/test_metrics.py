@@ -81,6 +81,8 @@ def exercise(metrics, clock):
     metrics.set_service_gap(5, 10)
     metrics.set_jobs({("response", "queued"): 2})
     metrics.set_state_up(True)
+    metrics.state_lost()
+    metrics.limit_refused("requests_per_min")
     metrics.set_buffered_bytes(77)
 
 

@@ -3,11 +3,10 @@ import time
 from contextlib import AsyncExitStack
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from sala_serve.errors import InsufficientQuota, RateLimited
 from sala_serve.state import State
-from sala_serve.telemetry import Usage
+from sala_serve.telemetry import Metrics, Usage
 from sala_serve.tenants.limits import Claim, Limiter
 from sala_serve.tenants.model import Limits, Principal, Tenant
 from sala_serve.tenants.settings import LimitsSettings, TenantsSettings
@@ -31,23 +30,23 @@ def clock():
 
 
 @pytest.fixture
-def registry():
-    return CollectorRegistry()
+def metrics():
+    return Metrics()
 
 
 @pytest.fixture
-def limiter(state: State, clock: Clock, registry: CollectorRegistry) -> Limiter:
-    return make_limiter(state, clock, registry)
+def limiter(state: State, clock: Clock, metrics: Metrics) -> Limiter:
+    return make_limiter(state, clock, metrics)
 
 
-def make_limiter(state, clock, registry=None, **settings):
+def make_limiter(state, clock, metrics=None, **settings):
     return Limiter(
         state,
         LimitsSettings(**settings),
         tier=TenantsSettings().tier,
         clock=clock,
         unix_clock=clock,
-        registry=registry,
+        metrics=metrics,
     )
 
 
@@ -192,7 +191,7 @@ async def test_a_minutes_limit_refills_evenly_and_not_above_itself(limiter, cloc
         await use(limiter, who, claim(1))
 
 
-async def test_claim_that_can_never_pass_is_not_worth_a_retry(limiter, registry):
+async def test_claim_that_can_never_pass_is_not_worth_a_retry(limiter, metrics):
     who = principal(input_tokens_per_min=1000, tokens_in_flight=5000)
     for too_much in (claim(1001), claim(6000, cached=5900)):
         with pytest.raises(RateLimited) as refused:
@@ -203,8 +202,8 @@ async def test_claim_that_can_never_pass_is_not_worth_a_retry(limiter, registry)
     headers = await use(limiter, who, claim(900, 10**6))
     assert headers["x-ratelimit-remaining-input-tokens"] == "100"
     refusals = "sala_gateway_limit_refusals_total"
-    assert registry.get_sample_value(refusals, {"limit": "input_tokens_per_min"}) == 1
-    assert registry.get_sample_value(refusals, {"limit": "tokens_in_flight"}) == 1
+    assert metrics.registry.get_sample_value(refusals, {"limit": "input_tokens_per_min"}) == 1
+    assert metrics.registry.get_sample_value(refusals, {"limit": "tokens_in_flight"}) == 1
 
 
 async def test_long_wait_asks_clients_not_to_retry(limiter):
@@ -288,9 +287,9 @@ async def test_many_at_once_on_two_replicas_never_pass_the_limit(state, clock):
     assert (after.flight, after.input) == (0, 0)
 
 
-async def test_replica_that_was_killed_keeps_nothing(state, clock, registry):
+async def test_replica_that_was_killed_keeps_nothing(state, clock, metrics):
     who = principal(tokens_in_flight=1000, input_tokens_per_min=1000, long_prefills=1)
-    killed, other = make_limiter(state, clock, lease_s=60), make_limiter(state, clock, registry)
+    killed, other = make_limiter(state, clock, lease_s=60), make_limiter(state, clock, metrics)
     left_open = killed.reserve(who, claim(900, 50, is_long=True), request_id="r")
     reservation = await left_open.__aenter__()
     clock.now_s += 59.999
@@ -299,7 +298,7 @@ async def test_replica_that_was_killed_keeps_nothing(state, clock, registry):
     clock.now_s += 0.001
     await use(other, who, claim(1000, is_long=True))
     name = "sala_gateway_limit_expired_reservations_total"
-    assert registry.get_sample_value(name) == 1
+    assert metrics.registry.get_sample_value(name) == 1
     # it was only paused: what it used is charged all the same, once
     await reservation.settle(usage(900, 10))
     await left_open.__aexit__(None, None, None)
