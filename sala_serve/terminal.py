@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from sala_serve.config import ChatConfig
+from sala_serve.terminal_progress import Note, WaitingDisplay, parse_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,6 +35,8 @@ class Answer:
     ttft_s: float
     duration_s: float
     usage: dict[str, Any]
+    queued_s: float = 0.0
+    """The part of ``ttft_s`` that was spent in the queue."""
 
     def summary(self) -> str:
         """Return the line printed under the answer."""
@@ -45,8 +47,9 @@ class Answer:
         rate = (
             f"{(num_completion - 1) / decode_s:.1f}" if num_completion > 1 and decode_s > 0 else "-"
         )
+        queued = f" ({self.queued_s:.2f} s in the queue)" if self.queued_s else ""
         return (
-            f"time to first token {self.ttft_s:.2f} s | "
+            f"time to first token {self.ttft_s:.2f} s{queued} | "
             f"prompt {self.usage.get('prompt_tokens', 0)} tokens, "
             f"{details.get('cached_tokens') or 0} cached | "
             f"completion {num_completion} tokens | {rate} tokens/s"
@@ -72,8 +75,8 @@ class ChatClient:
         except (ValueError, KeyError, IndexError, TypeError):
             raise ChatError(f"{self._client.base_url} is not a sala-serve gateway") from None
 
-    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the chunks of a streamed answer.
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any] | Note]:
+        """Yield the chunks of a streamed answer, before the first the gateway's notes about waiting.
 
         Raises:
             ChatError: the server is not there, refused the request, or broke off.
@@ -82,10 +85,12 @@ class ChatClient:
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
-                    raise ChatError(_error_message(response.read()))
+                    raise ChatError(_error_message(response.read()) + _when_to_retry(response))
                 for line in response.iter_lines():
                     data = line.removeprefix("data:").strip()
                     if not line.startswith("data:"):
+                        if (note := parse_note(line)) is not None:
+                            yield note
                         continue
                     if data == "[DONE]":
                         is_complete = True
@@ -159,34 +164,35 @@ class Terminal:
         if self._max_tokens is not None:
             body["max_tokens"] = self._max_tokens
         started_at_s = time.monotonic()
-        first_at_s: float | None = None
+        first_at_s = queued_at_s = None
+        queued_s = 0.0
         parts: list[str] = []
         usage: dict[str, Any] = {}
-        waiting = Progress(
-            SpinnerColumn(),
-            TextColumn("reading the prompt, {task.elapsed:.0f} s"),
-            console=self._notes,
-            transient=True,
-            disable=not self._notes.is_terminal,
-        )
-        waiting.add_task("")
+        waiting = WaitingDisplay(self._notes)
         try:
-            waiting.start()
-            for chunk in self._client.stream(body):
-                usage = chunk.get("usage") or usage
-                text = "".join(
-                    choice.get("delta", {}).get("content") or "" for choice in chunk["choices"]
-                )
-                if not text:
-                    continue
-                if first_at_s is None:
-                    first_at_s = time.monotonic()
-                    waiting.stop()
-                parts.append(text)
-                sys.stdout.write(text)
-                sys.stdout.flush()
+            with waiting:
+                for chunk in self._client.stream(body):
+                    now_s = time.monotonic()
+                    if queued_at_s is not None:  # what was said last held until now
+                        queued_s += now_s - queued_at_s
+                        queued_at_s = None
+                    if isinstance(chunk, Note):
+                        waiting.show(chunk)
+                        queued_at_s = now_s if chunk.kind == "queued" else None
+                        continue
+                    usage = chunk.get("usage") or usage
+                    text = "".join(
+                        choice.get("delta", {}).get("content") or "" for choice in chunk["choices"]
+                    )
+                    if not text:
+                        continue
+                    if first_at_s is None:
+                        first_at_s = now_s
+                        waiting.stop()
+                    parts.append(text)
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
         finally:
-            waiting.stop()
             if parts:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
@@ -196,6 +202,7 @@ class Terminal:
             ttft_s=(first_at_s or ended_at_s) - started_at_s,
             duration_s=ended_at_s - started_at_s,
             usage=usage,
+            queued_s=queued_s,
         )
 
 
@@ -283,3 +290,8 @@ def _error_message(body: bytes) -> str:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return "the server's answer cannot be read"
+
+
+def _when_to_retry(response: httpx.Response) -> str:
+    seconds = response.headers.get("retry-after", "")
+    return f" (try again in {seconds} s)" if seconds.isdecimal() else ""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import pty
 import sys
 import termios
 from contextlib import asynccontextmanager
 
+import httpx
 import pytest
 
 from sala_serve.config import ApiKeys
 from sala_serve.engine.fake import Behaviour, Ending
-from sala_serve.terminal import Answer, ChatError, read_context
+from sala_serve.events import DONE_EVENT, comment
+from sala_serve.terminal import Answer, ChatClient, ChatError, read_context
+from sala_serve.terminal_progress import Note
 
 
 async def chat(*arguments, stdin=b"", **variables):
@@ -206,3 +210,42 @@ def test_rate_counts_the_tokens_after_the_first():
     assert answer.summary() == (
         "time to first token 2.00 s | prompt 5 tokens, 0 cached | completion 11 tokens | 2.0 tokens/s"
     )
+
+
+def answering(*events):
+    """A client of a server that answers every request with these events."""
+
+    def answer(_request):
+        return httpx.Response(200, stream=httpx.ByteStream(b"".join(events)))
+
+    return ChatClient(
+        httpx.Client(transport=httpx.MockTransport(answer), base_url="http://gateway")
+    )
+
+
+def test_notes_come_before_the_chunks():
+    chunk = {"choices": [{"delta": {"content": "Hi"}}]}
+    client = answering(
+        comment("queued", {"place": 2, "ahead_tokens": 5}),
+        b": keep-alive\n\n",
+        comment("prefill", {"done_tokens": 1, "total_tokens": 2}),
+        b"data: " + json.dumps(chunk).encode() + b"\n\n",
+        DONE_EVENT,
+    )
+    assert list(client.stream({})) == [
+        Note("queued", {"place": 2, "ahead_tokens": 5}),
+        Note("prefill", {"done_tokens": 1, "total_tokens": 2}),
+        chunk,
+    ]
+
+
+def test_time_in_the_queue_is_told():
+    answer = Answer(text="", ttft_s=20.0, duration_s=21.0, usage={}, queued_s=12.5)
+    assert answer.summary().startswith("time to first token 20.00 s (12.50 s in the queue) | ")
+
+
+async def test_refusal_says_when_to_try_again(stack):
+    stack.gateway.running.is_draining = True
+    status, _, err = await chat("--url", stack.url, "Hi")
+    assert status == 1
+    assert err.endswith("please retry. (try again in 5 s)\n")
