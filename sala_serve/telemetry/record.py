@@ -70,6 +70,8 @@ class RequestRecord:
     engine_id: str | None = None
     num_prompt_tokens: int | None = None
     """As counted by the gateway, known before the engine has answered."""
+    note: object | None = field(default=None, repr=False)
+    """What was last said about its waiting or its prefill, for the admin page; its sort is the generation's."""
     phase: Phase | None = None
     phases_s: dict[Phase, float] = field(default_factory=dict)
     """Seconds spent in each phase that is over; of phases entered twice, the sum."""
