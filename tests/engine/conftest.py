@@ -266,6 +266,7 @@ class Engine:
             "enforce_eager": True,
             "max_model_len": 2560,
             "kv_cache_memory_bytes": 64 << 20,
+            "gpu_memory_utilization": 0.2,  # on a GPU, other tests run beside it
         }
         sampling = {"max_tokens": max_tokens, "prompt_logprobs": 0 if prompt_logprobs else None}
         job = {"engine": defaults | arguments, "batches": batches, "sampling": sampling}

@@ -129,7 +129,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 def work(stage: str, options: argparse.Namespace) -> int:
     """Be the process of one stage."""
-    from gpu import correctness, kernel_stage, needle, ngram, offload, served
+    from gpu import correctness, device_tests, kernel_stage, needle, ngram, offload, served
 
     scale, out = scale_of(options), options.out
     record = Recorder(out / report.RESULTS, stage)
@@ -138,6 +138,9 @@ def work(stage: str, options: argparse.Namespace) -> int:
         return int(kernel_stage.run(record, scale, grids, options.only) > 0)
     if stage == "correctness":
         return int(correctness.run(record, scale, out) > 0)
+    if stage == "tests":
+        # on a CPU they are what `make test` runs
+        return int(scale.device == "cuda" and device_tests.run(record, out) > 0)
     if stage == "sala":
         asyncio.run(served.sala(record, scale, out, out / f"{stage}.log"))
     elif stage == "full-attention":

@@ -10,7 +10,7 @@ import numpy as np
 from gpu.demo_text import load_tokenizer, text_ids
 from gpu.engine import running
 from gpu.results import spread
-from gpu.settings import CHECKPOINT, Scale
+from gpu.settings import CHECKPOINT, SHARED_MEMORY_FRAC, Scale
 
 if TYPE_CHECKING:
     from gpu.engine import Timed
@@ -46,6 +46,7 @@ async def run(record: Recorder, scale: Scale) -> None:
         "hf_overrides": {"max_position_embeddings": max_model_len},
     }
     arguments |= scale.common_engine | scale.sala_engine | scale.one_request_engine
+    arguments["gpu_memory_utilization"] = SHARED_MEMORY_FRAC
 
     def text(timed: Timed) -> str:
         end = next((i for i, token in enumerate(timed.tokens) if token in eos), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpu.results import END, START, Results
-from gpu.settings import STAGE_LIMIT_S, K
+from gpu.settings import FP8, STAGE_LIMIT_S, K
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,7 +161,10 @@ def _correctness(results: Results) -> list[Bar]:
     contexts = ", ".join(str(c) for c in sorted({line["context"] for line in selections}))
     greedy = [line for line in results.find("correctness", "greedy") if "failed" not in line]
     exact = [line for line in greedy if line["dtype"] == "float32"]
-    rounded = [line for line in greedy if line["dtype"] == "bfloat16"]
+    rounded = [line for line in greedy if line["dtype"] == "bfloat16" and line["run"] != FP8]
+    gap_8_bits = max(
+        (line["largest_logit_gap"] for line in greedy if line["run"] == FP8), default=None
+    )
     wrong = sum(line["mismatches"] for line in exact) if exact else None
     note = "; ".join(
         f"bfloat16: {line['mismatch_frac']:.2%} other, logit gap at most {line['largest_logit_gap']:.3g}"
@@ -173,15 +176,19 @@ def _correctness(results: Results) -> list[Bar]:
         for line in results.find("correctness", name)
     )
     checked = bool(selections or greedy or broken)
-    tests = results.one("correctness", "kernel_tests")
-    failed = None if tests is None else tests["failures"] + tests["errors"] + (tests["exit"] != 0)
+    tests = results.one("tests", "tests")
+    failed = None if tests is None else tests["failed"] or int(tests["exit"] != 0)
     return [
         Bar.at_most("correctness checks that broke off", 0, broken if checked else None),
         Bar.at_least("selected blocks shared with float64, worst", 0.999, overlap, contexts),
         Bar.at_most("selections without a forced block", 0, no_forced),
         Bar.at_most("greedy tokens other than the reference's, float32", 0, wrong, note),
+        Bar.at_most("largest logit gap of a token chosen with fp8 weights", 0.5, gap_8_bits),
         Bar.at_most(
-            "kernel tests failed", 0, failed, f"of {_get(tests, 'tests')}" if tests else ""
+            "tests of kernels and engine failed",
+            0,
+            failed,
+            f"of {tests['tests']}, {tests['skipped']} skipped" if tests else "",
         ),
     ]
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS_PER_PROGRAM = 32
-"""Heads of q and k that a program of norm_rope takes: 8 KiB of a token at the released shape."""
+HEADS_PER_PROGRAM = 64
+"""Heads of q and k that a program of norm_rope takes: 16 KiB of a token at the released shape."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

