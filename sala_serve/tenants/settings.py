@@ -55,8 +55,8 @@ class TenantsSettings(Section):
     """Service tiers by name; ``default`` must be one of them."""
     default_limits: LimitsSection = LimitsSection()
     """Of tenant ``default``: requests with a key of ``api_keys``, or all where no key is asked for."""
-    require_keys: bool = False
-    """Ask for a key even where ``api_keys`` is empty, so that only keys made by the admin API are accepted."""
+    require_keys: bool | None = None
+    """Refuse requests without a key; none: if there are `server.api_keys` or an admin API."""
     secret: SecretStr | None = Field(default=None, min_length=16)
     """Server secret, the same for all replicas: stored keys are hashed with it and caches salted with it."""
     secret_file: Path | None = None
