@@ -29,6 +29,7 @@ from sala_serve.engine.settings import EngineSettings
 from sala_serve.settings import NonNegativeInt, PositiveInt, Seconds, Section
 from sala_serve.state import StateSettings
 from sala_serve.telemetry.settings import TelemetrySettings
+from sala_serve.tenants.settings import AdminSettings, LimitsSettings, TenantsSettings
 from sala_serve.tokens.settings import TokenSettings
 
 if TYPE_CHECKING:
@@ -150,6 +151,9 @@ class Settings(BaseSettings):
     deadlines: DeadlineSettings = DeadlineSettings()
     bodies: BodySettings = BodySettings()
     state: StateSettings = StateSettings()
+    tenants: TenantsSettings = TenantsSettings()
+    limits: LimitsSettings = LimitsSettings()
+    admin: AdminSettings = AdminSettings()
     tokens: TokenSettings = TokenSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     engines: Annotated[tuple[EngineSettings, ...], Field(min_length=1)] = (EngineSettings(),)

@@ -20,7 +20,7 @@ class LimitsSection(Section):
     requests_per_min: Limit = None
     """Requests a minute."""
     input_tokens_per_min: Limit = None
-    """Prompt tokens a minute; those from the prefix cache count ``cached_token_rate`` each."""
+    """Prompt tokens a minute; those from the prefix cache count `cached_token_rate` each."""
     output_tokens_per_min: Limit = None
     """Generated tokens a minute."""
     tokens_in_flight: Limit = None
@@ -52,15 +52,15 @@ class TenantsSettings(Section):
     """Tenants, their tiers, and the secret under which keys are stored."""
 
     tiers: dict[TierName, TierSection] = {"default": TierSection()}
-    """Service tiers by name; ``default`` must be one of them."""
+    """Service tiers by name; `default` must be one of them."""
     default_limits: LimitsSection = LimitsSection()
-    """Of tenant ``default``: requests with a key of ``api_keys``, or all where no key is asked for."""
+    """Of tenant `default`: requests with a key of `api_keys`, or all where no key is asked for."""
     require_keys: bool | None = None
     """Refuse requests without a key; none: if there are `server.api_keys` or an admin API."""
     secret: SecretStr | None = Field(default=None, min_length=16)
     """Server secret, the same for all replicas: stored keys are hashed with it and caches salted with it."""
     secret_file: Path | None = None
-    """File with the server secret, made if it does not exist; none: ``sala-serve/secret`` in the user's state
+    """File with the server secret, made if it does not exist; none: `sala-serve/secret` in the user's state
     folder where Redis is configured, else a secret of this process alone."""
     key_cache_s: Annotated[float, Field(ge=0, le=1.5)] = 1.0
     """How long a key that was looked up is believed; a revocation works within this and a look-up."""
@@ -75,7 +75,7 @@ class TenantsSettings(Section):
         return tiers
 
     def tier(self, name: str) -> Tier:
-        """Return the tier called ``name``; one that is no longer configured is ``default``."""
+        """Return the tier called `name`; one that is no longer configured is `default`."""
         section = self.tiers.get(name) or self.tiers["default"]
         return Tier(name=name if name in self.tiers else "default", **section.model_dump())
 
@@ -94,7 +94,7 @@ class AdminSettings(Section):
     """The admin API, on a port of its own."""
 
     token: SecretStr | None = Field(default=None, min_length=16)
-    """Credential, sent as ``Authorization: Bearer``; none: no admin API."""
+    """Credential, sent as `Authorization: Bearer`; none: no admin API."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8002
