@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from sala_serve.engine.settings import EngineSettings
+from sala_serve.scheduling.settings import SchedulingSettings
 from sala_serve.settings import NonNegativeInt, PositiveInt, Seconds, Section
 from sala_serve.state import StateSettings
 from sala_serve.telemetry.settings import TelemetrySettings
@@ -154,6 +155,7 @@ class Settings(BaseSettings):
     tenants: TenantsSettings = TenantsSettings()
     limits: LimitsSettings = LimitsSettings()
     admin: AdminSettings = AdminSettings()
+    scheduling: SchedulingSettings = SchedulingSettings()
     tokens: TokenSettings = TokenSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     engines: Annotated[tuple[EngineSettings, ...], Field(min_length=1)] = (EngineSettings(),)

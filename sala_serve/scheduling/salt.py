@@ -10,7 +10,7 @@ import hmac
 def cache_salt(secret: bytes, tenant_id: str) -> str:
     """Return the ``cache_salt`` of a tenant's requests: vLLM shares prefixes only between equal ones.
 
-    43 characters of ``A-Z a-z 0-9 - _``; vLLM 0.32 accepts up to 128 without ``@ / \\`` and NUL.
+    43 characters of ``A-Z a-z 0-9 - _``, all of which vLLM 0.32 accepts (up to 128).
     """
     digest = _digest(secret, b"cache-salt", tenant_id)
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()

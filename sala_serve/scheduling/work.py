@@ -37,15 +37,15 @@ class UsageView(Protocol):
     """What is asked of an engine's report at the end of an answer."""
 
     @property
-    def prompt_tokens(self) -> int:
+    def num_prompt_tokens(self) -> int:
         """Cached ones included."""
 
     @property
-    def cached_tokens(self) -> int:
+    def num_cached_tokens(self) -> int:
         """Prompt tokens from the prefix cache."""
 
     @property
-    def completion_tokens(self) -> int:
+    def num_completion_tokens(self) -> int:
         """Generated tokens."""
 
 
@@ -128,9 +128,9 @@ class PoolView(Protocol[PoolEngine]):
         """Those that can take work, of those that serve ``model`` if given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
-    """One request that asks for its turn."""
+    """One request that asks for its turn; one that had to give way asks again with the same object."""
 
     request_id: str
     """As sent to the engine in ``X-Request-Id``."""

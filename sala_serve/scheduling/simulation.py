@@ -1,0 +1,410 @@
+"""An engine in virtual time, to play hours of million-token prompts against the scheduler in seconds.
+
+It computes what vLLM with our scheduler would: chunks of prompts and one token of each answer in steps, long
+prefills in small chunks while short requests are about, states kept for reuse at the same places. How long a step
+takes comes from measured times to first token. Everything runs in :class:`VirtualTimeLoop`, an event loop whose
+clock jumps to the next event, so the scheduler is the one of production, and its waits too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sala_serve.tokens.prompt import PREFIX_BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from sala_serve.scheduling.scheduler import Scheduler
+    from sala_serve.scheduling.work import Waiting, Work
+
+T = TypeVar("T")
+
+POLL_S = 0.5
+"""Between two looks at an engine's progress."""
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """Never sleeps: when nothing is ready, its clock jumps to the next timer."""
+
+    def __init__(self) -> None:
+        self._selector_of_time = _JumpingSelector(self)
+        self.now_s = 0.0
+        super().__init__(self._selector_of_time)
+
+    def time(self) -> float:
+        """Return virtual seconds."""
+        return self.now_s
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise RuntimeError("everything waits and no timer is set")
+        self._loop.now_s += max(timeout, 0.0)
+        return super().select(0)
+
+
+def run_virtual(main: Callable[[Callable[[], float]], Coroutine[Any, Any, T]]) -> T:
+    """Run ``main(clock)`` in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        loop = runner.get_loop()
+        return runner.run(main(loop.time))
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How long an engine takes."""
+
+    prompt_tokens: tuple[int, ...]
+    prefill_s: tuple[float, ...]
+    """Seconds for prompts of those lengths; between them a straight line."""
+    token_step_s: float
+    """Least time of a step that generates tokens."""
+    step_overhead_s: float = 0.0015
+    """Of each step, beside the work in it."""
+    request_overhead_s: float = 0.018
+    """Of each request, beside its steps."""
+
+    def prefill_until_s(self, num_tokens: int) -> float:
+        """Return the time for a prompt's first ``num_tokens``."""
+        points, times = (0, *self.prompt_tokens), (0.0, *self.prefill_s)
+        idx = min(max(bisect_right(points, num_tokens), 1), len(points) - 1)
+        slope = (times[idx] - times[idx - 1]) / (points[idx] - points[idx - 1])
+        return times[idx - 1] + slope * (num_tokens - points[idx - 1])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """See :class:`sala_serve.scheduling.work.FactsView`."""
+
+    max_model_len: int | None = 1_050_624
+    kv_capacity_tokens: int | None = 13_490_000
+    max_num_seqs: int | None = 64
+
+
+@dataclass(frozen=True)
+class SimulatedPrompt:
+    """See :class:`sala_serve.scheduling.work.PromptView`."""
+
+    num_tokens: int
+    block_hashes: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class SimulatedUsage:
+    """See :class:`sala_serve.scheduling.work.UsageView`."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(eq=False)
+class SimulatedRequest:
+    """A request inside the engine; also its progress."""
+
+    prompt: SimulatedPrompt
+    salt: str
+    wanted_output_tokens: int
+    submitted_at_s: float
+    phase: str = "waiting"
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    has_first_token: asyncio.Event = field(default_factory=asyncio.Event)
+    is_done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Cached ones included."""
+        return self.prompt.num_tokens
+
+    @property
+    def num_left(self) -> int:
+        """Prompt tokens to compute."""
+        return self.num_prompt_tokens - self.num_computed_tokens
+
+    @property
+    def usage(self) -> SimulatedUsage:
+        """As at the end of an answer."""
+        return SimulatedUsage(
+            self.num_prompt_tokens, self.num_cached_tokens, self.num_output_tokens
+        )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """As in ``vllm_ext.scheduler.SchedulerOptions``; without ``has_long_rule`` it is vLLM's own scheduler."""
+
+    step_tokens: int = 8448
+    long_prefill_tokens: int = 16_384
+    long_chunk_tokens: int = 1024
+    quiet_s: float = 30.0
+    long_steps_per_gap: int = 8
+    max_long_prefills: int = 1
+    has_long_rule: bool = True
+    state_interval_tokens: int = 65_536
+    engine_block_tokens: int = 2048
+
+
+class SimulatedEngine:
+    """See :class:`sala_serve.scheduling.work.EngineView`; ``run`` computes."""
+
+    def __init__(
+        self,
+        engine_id: str,
+        speeds: Speeds,
+        clock: Callable[[], float],
+        *,
+        facts: Facts | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.engine_id = engine_id
+        self.facts = facts or Facts()
+        self.num_starts = 1
+        self.is_ready = True
+        self.requests: dict[str, SimulatedRequest] = {}
+        self.prefilled_tokens = 0
+        """Computed so far, of all prompts."""
+        self._speeds = speeds
+        self._clock = clock
+        self._options = options or EngineOptions()
+        self._running: list[SimulatedRequest] = []
+        self._waiting: list[SimulatedRequest] = []
+        self._has_work = asyncio.Event()
+        self._kept: OrderedDict[tuple[str, bytes], bool] = OrderedDict()
+        self._last_short_at_s = float("-inf")
+        self._num_long_steps = self._options.long_steps_per_gap
+        self._step_began_at_s = 0.0
+
+    @property
+    def progress(self) -> Mapping[str, SimulatedRequest]:
+        """By request id."""
+        return self.requests
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Held by running requests; shared ones counted for each."""
+        return sum(each.num_computed_tokens + each.num_output_tokens for each in self._running)
+
+    def submit(
+        self, request_id: str, prompt: SimulatedPrompt, salt: str, output_tokens: int
+    ) -> SimulatedRequest:
+        """Send a request."""
+        request = SimulatedRequest(prompt, salt, output_tokens, self._clock())
+        self.requests[request_id] = request
+        self._waiting.append(request)
+        self._has_work.set()
+        return request
+
+    def close(self, request_id: str) -> None:
+        """Stop a request, wherever it is."""
+        request = self.requests.pop(request_id)
+        for each in (self._waiting, self._running):
+            if request in each:
+                each.remove(request)
+
+    def restart(self) -> None:
+        """Lose the prefix cache."""
+        self._kept.clear()
+        self.num_starts += 1
+
+    async def run(self) -> None:
+        """Compute for ever; cancel to stop."""
+        while True:
+            if not self._running and not self._waiting:
+                self._has_work.clear()
+                await self._has_work.wait()
+                self._step_began_at_s = self._clock()
+            began_at_s = self._clock()
+            chunks = self._schedule(began_at_s)
+            # with asynchronous scheduling a step is decided while the one before runs
+            self._step_began_at_s = began_at_s
+            step_s = self._speeds.step_overhead_s + sum(
+                self._speeds.prefill_until_s(request.num_computed_tokens + num_tokens)
+                - self._speeds.prefill_until_s(request.num_computed_tokens)
+                for request, num_tokens in chunks.items()
+                if request.num_left
+            )
+            await asyncio.sleep(max(step_s, self._speeds.token_step_s))
+            self._apply(chunks)
+
+    def _is_long(self, request: SimulatedRequest) -> bool:
+        return self._options.has_long_rule and request.num_left > self._options.long_prefill_tokens
+
+    def _schedule(self, now_s: float) -> dict[SimulatedRequest, int]:
+        options = self._options
+        seen = [each for each in self._waiting if each.submitted_at_s <= self._step_began_at_s]
+        for request in seen:
+            if not request.num_computed_tokens:
+                request.num_computed_tokens = self._hit(request)
+        is_short_waiting = any(not self._is_long(each) for each in seen)
+        if is_short_waiting:
+            self._last_short_at_s = now_s
+        is_answering = any(not self._is_long(each) for each in self._running)
+        is_quiet = not is_answering and now_s - self._last_short_at_s > options.quiet_s
+        is_gap = is_short_waiting and self._num_long_steps >= options.long_steps_per_gap
+        budget, chunks, has_long = options.step_tokens, {}, False
+
+        def chunk(request: SimulatedRequest) -> int:
+            if not request.num_left:
+                return min(1, budget)
+            num_tokens = min(request.num_left, budget)
+            if self._is_long(request) and not is_quiet:
+                num_tokens = min(num_tokens, options.long_chunk_tokens)
+            interval = options.state_interval_tokens
+            return min(num_tokens, interval - request.num_computed_tokens % interval)
+
+        for request in self._running:
+            if is_gap and self._is_long(request):
+                continue
+            if num_tokens := chunk(request):
+                has_long |= self._is_long(request)
+                chunks[request] = num_tokens
+                budget -= num_tokens
+        for request in seen:
+            if not budget or len(self._running) >= (self.facts.max_num_seqs or len(self._running)):
+                break
+            if self._is_long(request):
+                if sum(map(self._is_long, self._running)) >= options.max_long_prefills:
+                    continue
+                has_long = True
+            request.phase = "prefilling"
+            request.num_cached_tokens = request.num_computed_tokens
+            self._waiting.remove(request)
+            self._running.append(request)
+            chunks[request] = chunk(request)
+            budget -= chunks[request]
+        self._num_long_steps = 0 if is_gap else self._num_long_steps + has_long
+        return chunks
+
+    def _apply(self, chunks: Mapping[SimulatedRequest, int]) -> None:
+        for request, num_tokens in chunks.items():
+            if request not in self._running:
+                continue
+            if request.num_left:
+                request.num_computed_tokens += num_tokens
+                self.prefilled_tokens += num_tokens
+                self._keep(request)
+                if request.num_left:
+                    continue
+                request.phase = "decoding"
+                request.has_first_token.set()
+            request.num_output_tokens += 1
+            if request.num_output_tokens >= request.wanted_output_tokens:
+                request.is_done.set()
+                self._running.remove(request)
+
+    def _hit(self, request: SimulatedRequest) -> int:
+        """Return how many tokens need not be computed: up to the last kept state."""
+        best = 0
+        for position, block in enumerate(request.prompt.block_hashes, 1):
+            has_state = self._kept.get((request.salt, block))
+            if has_state is None:
+                break
+            if has_state:
+                best = position
+        return min(best * PREFIX_BLOCK_TOKENS, request.num_prompt_tokens - 1)
+
+    def _keep(self, request: SimulatedRequest) -> None:
+        options, done = self._options, request.num_computed_tokens
+        num_tokens, block_tokens = request.num_prompt_tokens, PREFIX_BLOCK_TOKENS
+        if done % options.state_interval_tokens and request.num_left:
+            return
+        states = {done // block_tokens}
+        if not request.num_left:
+            before = (num_tokens - 1) // options.engine_block_tokens - 1
+            states.add(before * options.engine_block_tokens // block_tokens)
+        blocks = request.prompt.block_hashes[: done // block_tokens]
+        for position in range(len(blocks), 0, -1):
+            key = request.salt, blocks[position - 1]
+            self._kept[key] = self._kept.pop(key, False) or position in states
+        capacity = (self.facts.kv_capacity_tokens or 1 << 40) // block_tokens
+        while len(self._kept) > capacity:
+            self._kept.popitem(last=False)
+
+
+class SimulatedPool:
+    """See :class:`sala_serve.scheduling.work.PoolView`."""
+
+    def __init__(self, engines: Sequence[SimulatedEngine]) -> None:
+        self.engines = {engine.engine_id: engine for engine in engines}
+
+    def ready(self, model: str | None = None) -> list[SimulatedEngine]:
+        """Return those that are up; all serve every model."""
+        return [engine for engine in self.engines.values() if engine.is_ready]
+
+
+@dataclass
+class Outcome:
+    """What a request met."""
+
+    work: Work
+    told: list[tuple[float, Waiting]] = field(default_factory=list)
+    """What it was told while it waited, and when."""
+    started_at_s: float | None = None
+    first_token_at_s: float | None = None
+    ended_at_s: float | None = None
+    predicted_cached_tokens: int = 0
+    cached_tokens: int = 0
+    num_gave_way: int = 0
+
+    @property
+    def ttft_s(self) -> float:
+        """Arrival to first token."""
+        assert self.first_token_at_s is not None
+        return self.first_token_at_s - self.work.arrived_at_s
+
+
+async def serve(
+    scheduler: Scheduler[SimulatedEngine],
+    outcome: Outcome,
+    output_tokens: int,
+    clock: Callable[[], float],
+    request_overhead_s: float = 0.0,
+) -> Outcome:
+    """Do with a request what the gateway does: wait for its turn, send it, report how it goes."""
+    work = outcome.work
+    await asyncio.sleep(request_overhead_s)
+    while True:
+        async with scheduler.turn(
+            work, lambda waiting: outcome.told.append((clock(), waiting))
+        ) as turn:
+            if outcome.started_at_s is None:
+                outcome.started_at_s = clock()
+                outcome.predicted_cached_tokens = turn.predicted_cached_tokens
+            engine = turn.engine
+            prompt = SimulatedPrompt(work.prompt.num_tokens, work.prompt.block_hashes)
+            request = engine.submit(work.request_id, prompt, turn.cache_salt, output_tokens)
+            try:
+                for event in (request.has_first_token, request.is_done):
+                    while not event.is_set() and not turn.must_give_way:
+                        try:
+                            async with asyncio.timeout(POLL_S):
+                                await event.wait()
+                        except TimeoutError:
+                            turn.prefill_progress(request)
+                    if turn.must_give_way:
+                        break
+                    if outcome.first_token_at_s is None:
+                        outcome.first_token_at_s = clock()
+                        turn.first_token()
+            finally:
+                engine.close(work.request_id)
+            if turn.must_give_way:
+                outcome.num_gave_way += 1
+                continue
+            turn.finished(request.usage)
+            outcome.ended_at_s = clock()
+            outcome.cached_tokens = request.num_cached_tokens
+            return outcome
