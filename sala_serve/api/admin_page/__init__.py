@@ -1,0 +1,5 @@
+"""The admin page: what the gateway is doing, for people; plain HTML, no build step, nothing from elsewhere."""
+
+from sala_serve.api.admin_page.routes import AdminPage
+
+__all__ = ["AdminPage"]
