@@ -37,14 +37,21 @@ def sparse_step(lens: list[int], news: list[int]) -> None:
     sparse_attend.attend_blocks(q, cache, batch, blocks, SPARSE, output)
 
 
-def lightning_step(news: list[int]) -> None:
-    """The same of a lightning layer: q, k and v beside the gate, states in padded pages."""
+def lightning_step(news: list[int], num_decodes: int = 0) -> None:
+    """The same of a lightning layer: q, k and v beside the gate, states in padded pages; decodes come first."""
     starts = torch.tensor([0, *news]).cumsum(0).to(torch.int32)
     packed = torch.empty(sum(news), 4, HEADS, DIM, dtype=torch.bfloat16)
     state = torch.empty(9, 544_768)[:, : HEADS * DIM * DIM].view(9, HEADS, DIM, DIM)
     slots = torch.zeros(len(news), 1, dtype=torch.int32)
     has_context = torch.ones(len(news), dtype=torch.bool)
-    batch = StateBatch(starts, slots, has_context, max(news))
+    batch = StateBatch(
+        starts,
+        slots,
+        has_context,
+        max(news),
+        num_decodes=num_decodes,
+        num_decode_tokens=sum(news[:num_decodes]),
+    )
     q, k, v, _ = packed.unbind(1)
     lightning.lightning_attention(q, k, v, torch.ones(HEADS), 1.0, state, batch)
 
@@ -77,7 +84,10 @@ def main() -> None:
             lightning_step([new])
         sparse_step([300, 12_000, 64], [300, 1000, 64])
         lightning_step([300, 1000, 64])
-    late = [kernel.name for kernel in kernels[num_warmed:]]
+        for num_decodes in (1, 2, 3):
+            lightning_step([*[1] * num_decodes, 1000, 64], num_decodes)
+    # those of decodes are compiled when their graphs are captured
+    late = [kernel.name for kernel in kernels[num_warmed:] if "decode" not in kernel.name]
     sys.stdout.write("\n".join([str(num_warmed), *late]) + "\n")
 
 

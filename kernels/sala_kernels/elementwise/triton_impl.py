@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS_PER_PROGRAM = 64
-"""Heads of q and k that a program of norm_rope takes: 16 KiB of a token at the released shape."""
+HEADS_PER_PROGRAM = 32
+"""Heads of q and k that a program of norm_rope takes: 8 KiB of a token at the released shape.
+
+64 are 3 % faster in a prompt, but 2 us slower for one token: 1 % of a decode step of 24 layers.
+"""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -121,14 +121,10 @@ def _prefill(
     # bounds: a sequence's last segment may be short
     num_segments = num_tokens // SEGMENT_TOKENS + num_seqs
     grid = (num_segments, heads, dim // tiling.value_columns)
-    first = batch.num_decodes
-    query_start_loc, slots = batch.query_start_loc[first:], batch.state_slots[first:]
-    sequences = (
-        query_start_loc,
-        slots,
-        None if batch.initial_column is None else batch.initial_column[first:],
-        batch.has_context[first:],
-    )
+    slots = batch.state_slots
+    # whole tensors and the first sequence, not slices: those may lie on addresses for which Triton compiles anew
+    sequences = (batch.query_start_loc, slots, batch.initial_column, batch.has_context)
+    which = (batch.num_decodes, slots.shape[0])
     constants = {
         "dim": dim,
         "value_columns": tiling.value_columns,
@@ -149,9 +145,9 @@ def _prefill(
             v,
             slopes,
             before,
-            query_start_loc,
+            batch.query_start_loc,
             slots,
-            num_seqs,
+            *which,
             *_row_strides(k, v),
             slots.stride(0),
             **constants,
@@ -162,6 +158,7 @@ def _prefill(
             state,
             before,
             *sequences,
+            batch.num_decodes,
             *_row_strides(state, slots),
             dim=dim,
             elements=scan_elements,
@@ -177,7 +174,7 @@ def _prefill(
         state,
         before,
         *sequences,
-        num_seqs,
+        *which,
         *_row_strides(q, k, v, output, state, slots),
         **constants,
     )
@@ -264,27 +261,30 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _find_segment(query_start_loc, num_seqs, program, segment_tokens: tl.constexpr):  # type: ignore[no-untyped-def]
+def _find_segment(  # type: ignore[no-untyped-def]
+    query_start_loc, first_seq, num_seqs, program, segment_tokens: tl.constexpr
+):
     """Map a program to (sequence, its first token, its tokens, segment), the last past its end if idle.
 
-    Sequence i has the programs from ``tokens before it // segment_tokens + i``, which leaves room for a
-    partial last segment of each.
+    The i-th sequence from ``first_seq`` has the programs from ``tokens of those before it // segment_tokens
+    + i``, which leaves room for a partial last segment of each.
     """
-    origin = tl.load(query_start_loc)
-    seq = find_sequence(query_start_loc, 0, num_seqs, program, origin, segment_tokens, 1)
+    origin = tl.load(query_start_loc + first_seq)
+    index = program + first_seq
+    seq = find_sequence(query_start_loc, first_seq, num_seqs, index, origin, segment_tokens, 1)
     start = tl.load(query_start_loc + seq)
     num_tokens = tl.load(query_start_loc + seq + 1) - start
-    return seq, start, num_tokens, program - (start - origin) // segment_tokens - seq
+    return seq, start, num_tokens, index - (start - origin) // segment_tokens - seq
 
 
 @triton.jit
-def _first_row(query_start_loc, start, segment_tokens: tl.constexpr):  # type: ignore[no-untyped-def]
+def _first_row(query_start_loc, first_seq, start, segment_tokens: tl.constexpr):  # type: ignore[no-untyped-def]
     """Row of the workspace that holds the state before a sequence's first segment.
 
     Only sequences of two or more segments have rows. x > 1 segments take ceil(x) <= floor(2 x) rows, so this
     leaves room whatever the number of sequences.
     """
-    return (2 * (start - tl.load(query_start_loc)) // segment_tokens).to(tl.int64)
+    return (2 * (start - tl.load(query_start_loc + first_seq)) // segment_tokens).to(tl.int64)
 
 
 @triton.jit
@@ -298,7 +298,7 @@ def _dot_float32(exact, factor, precision: tl.constexpr):  # type: ignore[no-unt
         return tl.dot(exact.to(tl.float32), factor, input_precision=precision)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "slots_seq"])
+@triton.jit(do_not_specialize=["first_seq", "num_seqs", "slots_seq"])
 def _sum_segments(  # type: ignore[no-untyped-def]
     k,
     v,
@@ -306,6 +306,7 @@ def _sum_segments(  # type: ignore[no-untyped-def]
     before,
     query_start_loc,
     state_slots,
+    first_seq,
     num_seqs,
     k_token,
     k_head,
@@ -319,7 +320,7 @@ def _sum_segments(  # type: ignore[no-untyped-def]
     precision: tl.constexpr,
 ):
     seq, start, num_tokens, segment = _find_segment(
-        query_start_loc, num_seqs, tl.program_id(0), segment_tokens
+        query_start_loc, first_seq, num_seqs, tl.program_id(0), segment_tokens
     )
     head = tl.program_id(1)
     is_padding = tl.load(state_slots + seq * slots_seq) < 0
@@ -342,12 +343,12 @@ def _sum_segments(  # type: ignore[no-untyped-def]
         k_c = tl.load(k_tile + offset * k_token)
         v_c = tl.load(v_tile + offset * v_token).to(tl.float32) * to_end[:, None]
         total = chunk_decay * total + _dot_float32(tl.trans(k_c), v_c, precision)
-    row = _first_row(query_start_loc, start, segment_tokens) + segment + 1
+    row = _first_row(query_start_loc, first_seq, start, segment_tokens) + segment + 1
     tile = head * dim * dim + d[:, None] * dim + columns[None, :]
     tl.store(before + row * tl.num_programs(1) * dim * dim + tile, total)
 
 
-@triton.jit(do_not_specialize=["slots_seq", "slots_column"])
+@triton.jit(do_not_specialize=["first_seq", "slots_seq", "slots_column"])
 def _scan_segments(  # type: ignore[no-untyped-def]
     slopes,
     state,
@@ -356,6 +357,7 @@ def _scan_segments(  # type: ignore[no-untyped-def]
     state_slots,
     initial_column,
     has_context,
+    first_seq,
     state_slot,
     state_head,
     slots_seq,
@@ -364,7 +366,7 @@ def _scan_segments(  # type: ignore[no-untyped-def]
     elements: tl.constexpr,
     segment_tokens: tl.constexpr,
 ):
-    seq, head = tl.program_id(0), tl.program_id(1)
+    seq, head = first_seq + tl.program_id(0), tl.program_id(1)
     start = tl.load(query_start_loc + seq)
     num_tokens = tl.load(query_start_loc + seq + 1) - start
     is_padding = tl.load(state_slots + seq * slots_seq) < 0
@@ -377,7 +379,7 @@ def _scan_segments(  # type: ignore[no-untyped-def]
         current = tl.load(state + slot * state_slot + head * state_head + element)
     decay = tl.exp(-tl.load(slopes + head) * segment_tokens)
     row_elements = tl.num_programs(1) * dim * dim
-    rows = before + _first_row(query_start_loc, start, segment_tokens) * row_elements
+    rows = before + _first_row(query_start_loc, first_seq, start, segment_tokens) * row_elements
     rows += head * dim * dim + element
     # copied, because the last segment overwrites the slot while the first one runs
     tl.store(rows, current)
@@ -387,7 +389,7 @@ def _scan_segments(  # type: ignore[no-untyped-def]
         tl.store(rows, current)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "slots_seq", "slots_column"])
+@triton.jit(do_not_specialize=["first_seq", "num_seqs", "slots_seq", "slots_column"])
 def _attend_segments(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -401,6 +403,7 @@ def _attend_segments(  # type: ignore[no-untyped-def]
     state_slots,
     initial_column,
     has_context,
+    first_seq,
     num_seqs,
     q_token,
     q_head,
@@ -421,7 +424,7 @@ def _attend_segments(  # type: ignore[no-untyped-def]
     precision: tl.constexpr,
 ):
     seq, start, num_tokens, segment = _find_segment(
-        query_start_loc, num_seqs, tl.program_id(0), segment_tokens
+        query_start_loc, first_seq, num_seqs, tl.program_id(0), segment_tokens
     )
     head = tl.program_id(1)
     final_slot = tl.load(state_slots + seq * slots_seq).to(tl.int64)
@@ -437,7 +440,7 @@ def _attend_segments(  # type: ignore[no-untyped-def]
     has_initial = tl.load(has_context + seq)
     if before is not None:  # noqa: SIM102 - decided by the compiler; the other on the device
         if num_tokens > segment_tokens:
-            row = _first_row(query_start_loc, start, segment_tokens) + segment
+            row = _first_row(query_start_loc, first_seq, start, segment_tokens) + segment
             initial = before + (row * tl.num_programs(1) + head) * dim * dim + tile
             has_initial = has_initial | True
     current = tl.full((dim, value_columns), 0.0, dtype=tl.float32)
