@@ -52,11 +52,11 @@ class StateSettings(Section):
     url: SecretStr | None = None
     """``redis://``, ``rediss://`` or ``unix://``, with user, password and database as in redis-py; none: a
     store in this process, for one replica, lost at its end."""
-    command_timeout_s: Seconds = 1.0
+    command_timeout_s: Seconds = 2.0
     """For a connection, and for the answer to a command; then Redis counts as away."""
     watch_interval_s: Seconds = 0.5
     """Between two looks at whether Redis answers."""
-    max_connections: PositiveInt = 128
+    max_connections: PositiveInt = 64
     """Of this process; a command waits for a free one."""
 
     @field_validator("url")

@@ -44,6 +44,9 @@ end
 local function exact(number) return string.format('%.17g', number) end
 local function whole(number) return string.format('%.0f', number) end
 
+local function count(requests)
+  if limit.requests then used.requests = used.requests + requests end
+end
 local function add(input, output, day)
   if limit.input then used.input = math.max(0, used.input + input) end
   if limit.output then used.output = math.max(0, used.output + output) end
@@ -62,6 +65,7 @@ local function release(record)
   used.long = math.max(0, used.long - record.long)
 end
 local function hold(id, input, output, flight, long, day)
+  count(1)
   add(input, output, day)
   used.flight = used.flight + flight
   used.long = used.long + long
@@ -123,10 +127,7 @@ for i, name in ipairs({'requests', 'input', 'output'}) do
 end
 if limit.flight and used.flight + flight > limit.flight then refuse('flight', 0) end
 if limit.long and used.long + long > limit.long and long > 0 then refuse('long', 0) end
-if refused_by == '' then
-  if limit.requests then used.requests = used.requests + 1 end
-  hold(id, input, output, flight, long, day)
-end
+if refused_by == '' then hold(id, input, output, flight, long, day) end
 save()
 return answer(refused_by, wait)
 """
@@ -145,6 +146,7 @@ if text ~= 'done' then
     release(record)
     add(input - record.input, output - record.output, day - record.day)
   else
+    count(tonumber(ARGV[13]))
     add(input, output, day)
   end
   finish(id)

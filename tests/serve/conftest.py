@@ -319,6 +319,8 @@ async def state(request: pytest.FixtureRequest) -> AsyncIterator[State]:
     url = None
     if request.param == "redis":
         url = SecretStr(request.getfixturevalue("redis_server").url)
-    state = State.create(StateSettings(url=url), clock=time.monotonic)
+    # a busy machine is no outage
+    settings = StateSettings(url=url, command_timeout_s=20)
+    state = State.create(settings, clock=time.monotonic)
     yield state
     await state.close()
