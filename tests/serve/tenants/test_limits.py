@@ -85,6 +85,19 @@ async def test_claim_is_held_then_replaced_by_the_usage(limiter):
     assert (after.input, after.output, after.flight, after.day) == (400, 20, 0, 420)
 
 
+async def test_what_has_refilled_during_a_request_is_not_charged_again(state, clock):
+    limiter = make_limiter(state, clock, lease_s=600)
+    who = principal(input_tokens_per_min=600)
+    async with limiter.reserve(who, claim(600), request_id="r") as reservation:
+        clock.now_s += 60
+        await reservation.settle(usage(500))
+    assert (await used(limiter, who)).input == 0
+    async with limiter.reserve(who, claim(600), request_id="r") as reservation:
+        clock.now_s += 60
+        await reservation.settle(usage(700))
+    assert (await used(limiter, who)).input == 100
+
+
 async def test_failure_gives_tokens_back_and_keeps_the_request_counted(limiter):
     who = principal(requests_per_min=5, input_tokens_per_min=1000, tokens_per_day=5000)
     with pytest.raises(RuntimeError):
@@ -306,9 +319,9 @@ async def test_replica_that_was_killed_keeps_nothing(state, clock, metrics):
     assert (after.input, after.flight, after.long) == (900, 0, 0)
 
 
-async def test_running_replica_keeps_what_it_holds(state, clock):
+async def test_running_replica_keeps_what_it_holds(state, clock, metrics):
     who = principal(tokens_in_flight=1000, tokens_per_day=5000)
-    limiter, other = make_limiter(state, clock, lease_s=60), make_limiter(state, clock)
+    limiter, other = make_limiter(state, clock, lease_s=60), make_limiter(state, clock, metrics)
     async with limiter.reserve(who, claim(900, 50), request_id="r"):
         for _ in range(20):
             clock.now_s += 20
@@ -317,6 +330,9 @@ async def test_running_replica_keeps_what_it_holds(state, clock):
                 await use(other, who, claim(100))
         held = await used(other, who)
         assert (held.flight, held.day) == (950, 950)
+    # it was never given back and taken again, which would let others in between
+    name = "sala_gateway_limit_expired_reservations_total"
+    assert metrics.registry.get_sample_value(name) == 0
 
 
 @pytest.mark.parametrize("is_settling", [True, False], ids=["settling", "reserving"])
