@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import asynccontextmanager
+from importlib import metadata
 from typing import TYPE_CHECKING
 
-from starlette.applications import Starlette
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.routing import Route
 
 from sala_serve.api.generate import generation_routes
+from sala_serve.api.openapi import OPENAPI_PATH, openapi_document
 from sala_serve.api.status import status_routes
 from sala_serve.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
 from sala_serve.middleware import AuthMiddleware, RecordMiddleware
@@ -19,43 +25,67 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from starlette.requests import Request
-    from starlette.responses import Response
 
     from sala_serve.gateway import Gateway
 
 
-def build_app(gateway: Gateway) -> Starlette:
+def build_app(gateway: Gateway) -> FastAPI:
     """Wire routes, middleware and error answers around the parts of ``gateway``."""
-    routes = [*generation_routes(gateway), *status_routes(gateway)]
 
     @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with gateway.run():
             yield
 
-    app = Starlette(
-        routes=routes,
-        middleware=[
-            Middleware(
-                RecordMiddleware,
-                metrics=gateway.metrics,
-                endpoints=[route.path for route in routes],
-                clock=gateway.clock,
-            ),
-            Middleware(AuthMiddleware, api_keys=gateway.settings.server.api_keys),
-        ],
-        exception_handlers={GatewayError: _answer_error, HTTPException: _answer_routing_error},
+    app = FastAPI(
+        # written once below; pages of documentation would load scripts from elsewhere
+        openapi_url=None,
+        # a redirect would be built from the Host header and lead to http:// behind a TLS proxy
+        redirect_slashes=False,
+        routes=[*generation_routes(gateway), *status_routes(gateway)],
+        exception_handlers={
+            GatewayError: _answer_error,
+            HTTPException: _answer_routing_error,
+            RequestValidationError: _answer_invalid,
+        },
         lifespan=lifespan,
     )
-    # a redirect would be built from the Host header and lead to http:// behind a TLS proxy
-    app.router.redirect_slashes = False
+    document = openapi_document(app, version=metadata.version("sala-serve"))
+    app.router.routes.append(_openapi_route(json.dumps(document).encode()))
+    app.user_middleware = [
+        Middleware(
+            RecordMiddleware,
+            metrics=gateway.metrics,
+            tracing=gateway.tracing,
+            endpoints=[route.path for route in app.routes if isinstance(route, Route)],
+            clock=gateway.clock,
+        ),
+        Middleware(AuthMiddleware, keys=gateway.keys),
+    ]
     return app
+
+
+def _openapi_route(content: bytes) -> Route:
+    async def show(_request: Request) -> Response:
+        return Response(content, media_type="application/json")
+
+    return Route(OPENAPI_PATH, show, methods=["GET"])
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     RequestRecord.of(request.scope).error_code = error.code
     return error.response()
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    """Answer what FastAPI finds wrong with a body, a query or a path."""
+    assert isinstance(error, RequestValidationError)
+    (first, *_) = error.errors()
+    path = ".".join(str(part) for part in first["loc"][1:])
+    # its message may quote the input only for the wrong kind of constants; the kind says enough
+    message = f"{path or 'body'}: {first['msg']}."
+    return await _answer_error(request, InvalidRequest(message, param=path or None))
 
 
 async def _answer_routing_error(request: Request, error: Exception) -> Response:

@@ -25,9 +25,11 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from sala_serve.bodies import BodySettings
 from sala_serve.engine.settings import EngineSettings
+from sala_serve.jobs.settings import JobsSettings
 from sala_serve.scheduling.settings import SchedulingSettings
-from sala_serve.settings import NonNegativeInt, PositiveInt, Seconds, Section
+from sala_serve.settings import PositiveInt, Seconds, Section
 from sala_serve.state import StateSettings
 from sala_serve.telemetry.settings import TelemetrySettings
 from sala_serve.tenants.settings import AdminSettings, LimitsSettings, TenantsSettings
@@ -105,6 +107,9 @@ class ServerSettings(Section):
     """How long the status of a stream is held back, so that an early error keeps its own."""
     progress_interval_s: Seconds = 1.0
     """Between two notes about place and progress on a stream that has no token yet."""
+    retry_grace_s: Annotated[float, Field(ge=0)] = 15.0
+    """How long a whole answer is computed on for a client that left and will ask again: it gave an
+    `Idempotency-Key`, or it left when its own timeout was over."""
     drain_timeout_s: Seconds = 300.0
     """After SIGTERM, how long running requests may take to finish before they are cut."""
 
@@ -122,25 +127,6 @@ class DeadlineSettings(Section):
     """From the body's arrival to the end of the answer."""
 
 
-class BodySettings(Section):
-    """Bounds on what is inside a generating body; they stop cheap denial, not long prompts."""
-
-    max_json_depth: PositiveInt = 64
-    """Objects and lists inside each other."""
-    max_messages: PositiveInt = 20_000
-    """Messages of a chat, and prompts of one completion request."""
-    max_tools: PositiveInt = 256
-    """Tools of a chat."""
-    max_schema_bytes: PositiveInt = 256 * 1024
-    """Of `response_format`, of `structured_outputs` and of each tool, as JSON."""
-    max_stop_strings: PositiveInt = 16
-    """Strings or token ids that end an answer."""
-    max_choices: PositiveInt = 8
-    """Of `n` and `best_of`: each choice holds a whole context."""
-    max_logprobs: NonNegativeInt = 20
-    """Of `logprobs` and `top_logprobs`: alternatives of each token."""
-
-
 class Settings(BaseSettings):
     """Everything that the gateway needs to know at start."""
 
@@ -155,8 +141,9 @@ class Settings(BaseSettings):
     tenants: TenantsSettings = TenantsSettings()
     limits: LimitsSettings = LimitsSettings()
     admin: AdminSettings = AdminSettings()
-    scheduling: SchedulingSettings = SchedulingSettings()
     tokens: TokenSettings = TokenSettings()
+    scheduling: SchedulingSettings = SchedulingSettings()
+    jobs: JobsSettings = JobsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     engines: Annotated[tuple[EngineSettings, ...], Field(min_length=1)] = (EngineSettings(),)
 
@@ -412,7 +399,7 @@ def settings_page() -> str:
                 "| --- | --- | --- |",
             ]
         default = definition.get_default(call_default_factory=True, validated_data={})
-        meaning = " ".join((definition.description or "").split())
+        meaning = " ".join((definition.description or "").replace("``", "`").split())
         lines.append(f"| `{each}` | {_shown(default)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
@@ -420,7 +407,15 @@ def settings_page() -> str:
 def _shown(default: Any) -> str:
     if default is None or default == ApiKeys() or default in ((), {}, ""):
         return ""
-    return f"`{json.dumps(default, default=str)}`"
+    return f"`{json.dumps(default, default=_plain)}`"
+
+
+def _plain(value: Any) -> Any:
+    return (
+        value.model_dump(mode="json", exclude_none=True)
+        if isinstance(value, Section)
+        else str(value)
+    )
 
 
 _PAGE_HEAD = """\

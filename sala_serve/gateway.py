@@ -1,24 +1,37 @@
-"""The parts of one gateway, made together and closed together."""
+"""The parts of one gateway, made together, run together and closed together."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sala_serve.engine.http import HttpEngine, engine_client
-from sala_serve.engine.monitor import EngineMonitor
+from sala_serve.config import ConfigError
+from sala_serve.engine.pool import EnginePool
+from sala_serve.generation import Generations
+from sala_serve.generation.shared import SharedAnswers
 from sala_serve.running import RunningRequests
-from sala_serve.telemetry import Metrics
+from sala_serve.scheduling.scheduler import Scheduler
+from sala_serve.state import State
+from sala_serve.telemetry import Metrics, tracing_from_env
+from sala_serve.tenants.keys import KeyRing
+from sala_serve.tenants.limits import Limiter
+from sala_serve.tenants.secret import ServerSecret
+from sala_serve.tokens.counter import TokenCounter
+from sala_serve.tokens.remote import EngineTokenCounter
+from sala_serve.uploads import Uploads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    import httpx
-
     from sala_serve.config import Settings
+    from sala_serve.engine.monitor import EngineMonitor
+    from sala_serve.engine.pool import Engine
+    from sala_serve.telemetry import Tracing
+    from sala_serve.tokens.prompt import PromptCounter
 
 
 @dataclass(frozen=True)
@@ -28,44 +41,107 @@ class Gateway:
     settings: Settings
     clock: Callable[[], float]
     """Monotonic seconds."""
-    engine: HttpEngine
-    monitor: EngineMonitor
-    running: RunningRequests
     metrics: Metrics
-    clients: tuple[httpx.AsyncClient, ...]
+    tracing: Tracing
+    state: State
+    keys: KeyRing
+    limiter: Limiter
+    pool: EnginePool
+    counter: PromptCounter
+    scheduler: Scheduler[Engine]
+    generations: Generations
+    answers: SharedAnswers
+    running: RunningRequests
+    uploads: Uploads
 
     @classmethod
     def create(cls, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> Gateway:
-        """Make the parts; nothing is connected yet."""
-        # probes have a client of their own, so that no request can hold them up
-        engine = settings.engines[0]
-        request_client, probe_client = engine_client(engine), engine_client(engine)
-        metrics = Metrics()
-        monitor = EngineMonitor(
-            probe_client,
+        """Make the parts; nothing is connected yet.
+
+        Raises:
+            ConfigError: the settings do not fit together, or name a file that cannot be used.
+        """
+        metrics = Metrics(max_tenant_labels=settings.telemetry.max_tenant_labels, clock=clock)
+        state = State.create(settings.state, clock=clock, metrics=metrics)
+        try:
+            secret = ServerSecret.load(settings.tenants, is_shared=not state.is_embedded)
+            pool = EnginePool.create(settings.engines, metrics=metrics, clock=clock)
+            counter = _counter(settings, pool)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        limiter = Limiter(
+            state,
+            settings.limits,
+            tier=settings.tenants.tier,
+            clock=clock,
             metrics=metrics,
-            probe_interval_s=engine.probe_interval_s,
-            stuck_after_s=engine.stuck_after_s,
+        )
+        scheduler = Scheduler(
+            pool, settings.scheduling, secret=secret.derive("cache-salt"), clock=clock
+        )
+        generations = Generations(
+            pool,
+            counter,
+            limiter,
+            scheduler,
+            tenants=settings.tenants,
+            long_prompt_tokens=settings.scheduling.long_prompt_tokens,
+            progress_interval_s=settings.server.progress_interval_s,
+            metrics=metrics,
             clock=clock,
         )
+        uploads = Uploads(settings.server)
+        metrics.at_scrape(lambda: metrics.set_buffered_bytes(uploads.num_buffered_bytes))
         return cls(
             settings=settings,
             clock=clock,
-            engine=HttpEngine(request_client),
-            monitor=monitor,
-            running=RunningRequests(settings.server.max_running_requests),
             metrics=metrics,
-            clients=(request_client, probe_client),
+            tracing=tracing_from_env(os.environ),
+            state=state,
+            keys=KeyRing(
+                state,
+                settings.tenants,
+                secret=secret,
+                static_keys=settings.server.api_keys.values,
+                has_admin=settings.admin.token is not None,
+                clock=clock,
+            ),
+            limiter=limiter,
+            pool=pool,
+            counter=counter,
+            scheduler=scheduler,
+            generations=generations,
+            answers=SharedAnswers(generations, retry_grace_s=settings.server.retry_grace_s),
+            running=RunningRequests(settings.server.max_running_requests),
+            uploads=uploads,
         )
+
+    @property
+    def monitor(self) -> EngineMonitor:
+        """Of the first engine, which is the only one where the gateway runs it itself."""
+        return next(iter(self.pool.engines.values())).monitor
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
-        """Watch the engine for the length of the block, then close all connections."""
+        """Do what goes on beside the requests for the length of the block, then close all connections."""
         try:
             async with asyncio.TaskGroup() as group:
-                monitoring = group.create_task(self.monitor.run())
-                yield
-                monitoring.cancel()
+                parts = (self.state, self.limiter, self.pool, self.answers)
+                tasks = [group.create_task(part.run()) for part in parts]
+                try:
+                    yield
+                finally:
+                    for task in tasks:
+                        task.cancel()
         finally:
-            for client in self.clients:
-                await client.aclose()
+            await self.limiter.close()
+            await self.state.close()
+            self.uploads.close()
+            await asyncio.to_thread(self.tracing.shutdown)
+
+
+def _counter(settings: Settings, pool: EnginePool) -> PromptCounter:
+    tokens = settings.tokens
+    if tokens.tokenizer is None:
+        return EngineTokenCounter(pool)
+    return TokenCounter.load(tokens.tokenizer, num_threads=tokens.num_threads)

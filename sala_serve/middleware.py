@@ -1,9 +1,7 @@
-"""Around every request, from outside in: its record (id, log line, metrics, bugs), then the API key."""
+"""Around every request, from outside in: its record (id, log line, metrics, bugs), then whose it is."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import uuid
@@ -11,23 +9,24 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from sala_serve.errors import ClientDisconnected, GatewayError, InternalError, InvalidApiKey
+from sala_serve.errors import GatewayError, InternalError
 from sala_serve.telemetry import RequestRecord
+from sala_serve.telemetry.report import report
+from sala_serve.tenants.model import Principal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from sala_serve.config import ApiKeys
-    from sala_serve.telemetry import Metrics
+    from sala_serve.telemetry import Metrics, Tracing
+    from sala_serve.tenants.keys import KeyRing
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-QUIET_ENDPOINTS = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Polled every few seconds: counted, logged at debug level only."""
+_PRINCIPAL_KEY = "sala_serve.principal"
 
 
 async def send_error(error: GatewayError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,11 +47,13 @@ class RecordMiddleware:
         app: ASGIApp,
         *,
         metrics: Metrics,
+        tracing: Tracing,
         endpoints: Collection[str],
         clock: Callable[[], float],
     ) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
         self._endpoints = frozenset(endpoints)
         self._clock = clock
 
@@ -61,12 +62,16 @@ class RecordMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given_id = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        headers = Headers(scope=scope)
+        given_id = headers.get(REQUEST_ID_HEADER, "")
         record = RequestRecord(
             given_id if _HARMLESS_ID.fullmatch(given_id) else uuid.uuid4().hex,
             scope["path"] if scope["path"] in self._endpoints else "other",
             started_at_s=self._clock(),
+            clock=self._clock,
         )
+        if scope["path"].startswith("/v1/"):
+            record.trace = self._tracing.start(record, headers)
         record.attach(scope)
         is_started = False
 
@@ -90,52 +95,34 @@ class RecordMiddleware:
             else:
                 await send_error(error, scope, receive, send_with_id)
         finally:
-            self._report(record)
-
-    def _report(self, record: RequestRecord) -> None:
-        duration_s = self._clock() - record.started_at_s
-        # a request that ends without an answer was given up by its client or by the server's stop
-        status = ClientDisconnected.status if record.status is None else record.status
-        self._metrics.request_finished(record, status, duration_s)
-        line = f"{record.request_id} {record.endpoint} {status}"
-        if record.error_code:
-            line += f" {record.error_code}"
-        line += f" duration_s={duration_s:.3f}"
-        if record.ttft_s is not None:
-            line += f" ttft_s={record.ttft_s:.3f}"
-        if (usage := record.usage) is not None:
-            line += f" prompt_tokens={usage.num_prompt_tokens}"
-            line += f" cached_tokens={usage.num_cached_tokens}"
-            line += f" completion_tokens={usage.num_completion_tokens}"
-        logger.log(
-            logging.DEBUG if record.endpoint in QUIET_ENDPOINTS else logging.INFO, "%s", line
-        )
+            report(record, self._metrics)
 
 
 class AuthMiddleware:
-    """Ask for an API key for everything under ``/v1``; without keys to accept, everybody may enter."""
+    """Find out on whose behalf each request under ``/v1`` runs; other paths are open."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, *, keys: KeyRing) -> None:
         self._app = app
-        # digests have one length, so that comparing them tells nothing about a key's length either
-        self._digests = [_digest(key) for key in api_keys.values]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other ASGI types pass."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1/") and self._digests:
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._accepts(key.strip()):
-                message = "No API key: send it as 'Authorization: Bearer <key>'."
-                error = InvalidApiKey("Incorrect API key provided." if key else message)
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+            given = token.strip() if scheme.lower() == "bearer" else ""
+            try:
+                principal = await self._keys.authenticate(given or None)
+            except GatewayError as error:
                 await send_error(error, scope, receive, send)
                 return
+            scope[_PRINCIPAL_KEY] = principal
+            record = RequestRecord.of(scope)
+            record.tenant_id, record.key_id = principal.tenant.tenant_id, principal.key_id
         await self._app(scope, receive, send)
 
-    def _accepts(self, key: str) -> bool:
-        given = _digest(key)
-        # every key is compared, so that the time taken does not tell which one matched
-        return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
 
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def principal_of(scope: Scope) -> Principal:
+    """Return on whose behalf the request of ``scope`` runs; only for paths under ``/v1``."""
+    principal = scope[_PRINCIPAL_KEY]
+    assert isinstance(principal, Principal)
+    return principal

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+import logging
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from sala_serve.errors import ClientDisconnected, GatewayError, Overloaded, ShuttingDown
+from sala_serve.errors import ClientDisconnected, Conflict, Overloaded, ShuttingDown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
@@ -14,15 +15,26 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive
 
+    from sala_serve.telemetry import RequestRecord
+
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+_DRAIN_NOTE_S = 10.0
+"""Between two lines about a drain."""
 
 
 class RunningRequest:
     """One request, as a block that can be cut from outside and then raises the cause."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: RequestRecord | None = None) -> None:
         self._scope = asyncio.timeout(None)
-        self._cause: GatewayError | None = None
+        self._cause: Exception | None = None
+        self.record = record
+        self.is_waiting = False
+        """Whether it waits for an engine, so that another gateway may as well have it."""
+        self.remaining_s: float | None = None
+        """Until its end, as far as can be told."""
 
     async def __aenter__(self) -> RunningRequest:
         await self._scope.__aenter__()
@@ -40,7 +52,7 @@ class RunningRequest:
             assert self._cause is not None
             raise self._cause from None
 
-    def cut(self, cause: GatewayError) -> None:
+    def cut(self, cause: Exception) -> None:
         """Cancel what the block awaits; the block raises ``cause``. Later cuts change nothing."""
         if self._cause is None:
             self._cause = cause
@@ -74,7 +86,7 @@ class RunningRequests:
 
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
-        self._requests: set[RunningRequest] = set()
+        self._requests: dict[RunningRequest, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_draining = False
@@ -83,8 +95,11 @@ class RunningRequests:
         return len(self._requests)
 
     @asynccontextmanager
-    async def admit(self) -> AsyncIterator[RunningRequest]:
+    async def admit(self, record: RequestRecord | None = None) -> AsyncIterator[RunningRequest]:
         """Count a request as running for the length of the block.
+
+        Args:
+            record: of the request, for those who look at what runs.
 
         Raises:
             ShuttingDown: the gateway is draining.
@@ -95,27 +110,63 @@ class RunningRequests:
             raise ShuttingDown("The server is shutting down; please retry.")
         if len(self._requests) >= self._max_requests:
             raise Overloaded("Too many requests are running; please retry.")
-        request = RunningRequest()
-        self._requests.add(request)
+        request = RunningRequest(record)
+        self._requests[request] = None
         self._idle.clear()
         try:
             async with request:
                 yield request
         finally:
-            self._requests.discard(request)
+            del self._requests[request]
             if not self._requests:
                 self._idle.set()
 
+    def snapshot(self) -> list[RunningRequest]:
+        """Return what runs now, oldest first."""
+        return list(self._requests)
+
+    def cancel(self, request_id: str) -> bool:
+        """Cut the requests with this id, on an operator's behalf; tell whether there was one."""
+        found = [
+            each for each in self._requests if each.record and each.record.request_id == request_id
+        ]
+        for each in found:
+            each.cut(Conflict("The request was cancelled by the operator."))
+        return bool(found)
+
+    def note_waiting(self, request: RunningRequest) -> None:
+        """Take note that ``request`` waits for an engine; a gateway that drains hands it back."""
+        request.is_waiting = True
+        if self.is_draining:
+            request.cut(ShuttingDown("The server is shutting down; please retry."))
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the last running request should end, as far as can be told."""
+        return max((each.remaining_s or 0.0 for each in self._requests), default=0.0)
+
     async def drain(self, timeout_s: float) -> int:
-        """Admit no more requests, wait for the running ones, cut those that outlast ``timeout_s``.
+        """Admit no more requests, hand back those that wait, see the running ones to their end.
+
+        Those that outlast ``timeout_s`` are cut.
 
         Returns:
             How many requests were cut.
         """
         self.is_draining = True
+        for request in self._requests:
+            if request.is_waiting:
+                self.note_waiting(request)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+                while self._requests:
+                    logger.info(
+                        "draining: %d requests run, about %.0f s of work remain",
+                        *(len(self._requests), self.remaining_s),
+                    )
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_DRAIN_NOTE_S):
+                            await self._idle.wait()
         except TimeoutError:
             return self.cut_all()
         return 0

@@ -1,78 +1,98 @@
-"""The life of a request that generates text; chat and text completions differ in their body only."""
+"""The two generating endpoints: what comes in becomes a call, what the call yields becomes an answer."""
 
 from __future__ import annotations
 
-import asyncio
-import json
+import hashlib
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.routing import Route
 
+from sala_serve.api.progress import PROGRESS_HEADER, progress_event
 from sala_serve.api.sse import AnswerWriter
-from sala_serve.bodies import Generation, parse_generation
-from sala_serve.engine.vllm_errors import error_from_vllm
-from sala_serve.errors import (
-    BodyTooLarge,
-    ClientDisconnected,
-    EngineLost,
-    GatewayError,
-    InvalidRequest,
-    UploadTimeout,
+from sala_serve.bodies import parse_generation
+from sala_serve.errors import ClientDisconnected, GatewayError, InvalidRequest
+from sala_serve.events import DONE_EVENT
+from sala_serve.generation import (
+    PROMPT_FIELDS,
+    Call,
+    Chunk,
+    Deadlines,
+    Prefilling,
+    Reserved,
+    Waiting,
 )
-from sala_serve.events import DONE, event_data, split_events
-from sala_serve.middleware import REQUEST_ID_HEADER, send_error
-from sala_serve.telemetry import RequestRecord, Usage
+from sala_serve.generation.life import ASSUMED_OUTPUT_TOKENS
+from sala_serve.generation.shared import Asked
+from sala_serve.middleware import principal_of, send_error
+from sala_serve.telemetry import Phase, RequestRecord
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
+    from starlette.datastructures import Headers
     from starlette.types import Receive, Scope, Send
 
-    from sala_serve.engine.http import EngineReply
+    from sala_serve.bodies import Generation
     from sala_serve.gateway import Gateway
+    from sala_serve.generation import Path, Update
+    from sala_serve.running import RunningRequest
 
-PARSE_IN_THREAD_BYTES = 256 * 1024
-"""Smaller bodies take less time to parse than a thread takes to start on them."""
-_TRACE_HEADERS = ("traceparent", "tracestate")
+TIMEOUT_HEADER = "X-Request-Timeout-S"
+IDEMPOTENCY_HEADER = "Idempotency-Key"
+CLIENT_TIMEOUT_HEADERS = (TIMEOUT_HEADER, "X-Stainless-Read-Timeout")
+"""How long a client says that it waits; the second is from OpenAI's own clients."""
+MAX_IDEMPOTENCY_KEY_CHARS = 255
 
 
 def generation_routes(gateway: Gateway) -> list[Route]:
     """Return the routes of chats and of text completions."""
-    prompt_fields = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
     return [
-        Route(path, GenerationEndpoint(gateway, path, prompt_field), methods=["POST"])
-        for path, prompt_field in prompt_fields.items()
+        Route(path, GenerationEndpoint(gateway, path), methods=["POST"]) for path in PROMPT_FIELDS
     ]
 
 
 class GenerationEndpoint:
-    """ASGI application of one path: checks the body, relays it to the engine, relays the answer."""
+    """ASGI application of one path."""
 
-    def __init__(self, gateway: Gateway, path: str, prompt_field: str) -> None:
+    def __init__(self, gateway: Gateway, path: Path) -> None:
         self._gateway = gateway
         self._path = path
-        self._prompt_field = prompt_field
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to its end, which is always noted in its record."""
+        gateway = self._gateway
         record = RequestRecord.of(scope)
-        writer = AnswerWriter(send, send_timeout_s=self._gateway.settings.server.send_timeout_s)
+        request = Request(scope, receive)
+        writer = AnswerWriter(send, send_timeout_s=gateway.settings.server.send_timeout_s)
         try:
-            async with self._gateway.running.admit() as running:
-                generation = await self._receive(Request(scope, receive))
-                self._gateway.monitor.require_ready()
-                self._gateway.monitor.require_model(generation.model)
-                headers = _engine_headers(scope, record)
-                if generation.is_stream:
-                    work = self._stream(generation, headers, record, writer)
-                    await running.while_client_stays(work, receive)
-                    await writer.finish()
-                else:
-                    fetching = self._fetch(generation, headers, record)
-                    await writer.write_json(await running.while_client_stays(fetching, receive))
+            async with gateway.running.admit(record) as running:
+                record.enter(Phase.RECEIVE)
+                principal = principal_of(scope)
+                sender = principal.key_id or principal.tenant.tenant_id
+                deadlines = deadlines_of(request.headers, gateway)
+                async with gateway.uploads.parsed(request, sender=sender, parse=self._parse) as (
+                    generation,
+                    digest,
+                ):
+                    call = Call(
+                        principal=principal,
+                        path=self._path,
+                        generation=generation,
+                        request_id=record.request_id,
+                        record=record,
+                        deadlines=deadlines,
+                        trace_headers=record.trace.headers(request.headers),
+                    )
+                    if generation.is_stream:
+                        as_event = _wants_events(request.headers)
+                        work = self._stream(call, running, writer, as_event=as_event)
+                        await running.while_client_stays(work, receive)
+                        await writer.finish()
+                    else:
+                        answering = self._whole(call, running, digest, request.headers)
+                        body, headers = await running.while_client_stays(answering, receive)
+                        writer.headers.update(headers)
+                        await writer.write_json(body)
         except GatewayError as error:
             record.status, record.error_code = error.status, error.code
             if isinstance(error, ClientDisconnected) or writer.is_json_started:
@@ -84,109 +104,124 @@ class GenerationEndpoint:
                 await writer.write_event(error.event())
                 await writer.finish()
 
-    async def _receive(self, request: Request) -> Generation:
-        config = self._gateway.settings.server
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding.lower() != "identity":
-            raise InvalidRequest("Content-Encoding is not supported: send the body as it is.")
-        num_bytes, raw = int(request.headers.get("content-length", 0)), bytearray()
-        try:
-            async with asyncio.timeout(config.upload_timeout_s):
-                if num_bytes <= config.max_body_bytes:
-                    async for piece in request.stream():
-                        raw += piece
-                        num_bytes = len(raw)
-                        if num_bytes > config.max_body_bytes:
-                            break
-        except TimeoutError:
-            raise UploadTimeout("The request body did not arrive in time.") from None
-        except ClientDisconnect:
-            raise ClientDisconnected("The client left while sending its request.") from None
-        if num_bytes > config.max_body_bytes:
-            raise BodyTooLarge(
-                f"The request body is larger than this server's limit of {config.max_body_bytes} bytes."
-            )
-        if len(raw) < PARSE_IN_THREAD_BYTES:
-            return parse_generation(bytes(raw), self._prompt_field)
-        return await asyncio.to_thread(parse_generation, bytes(raw), self._prompt_field)
-
-    async def _fetch(
-        self, generation: Generation, headers: dict[str, str], record: RequestRecord
-    ) -> bytes:
-        async with self._post(generation, headers) as reply:
-            body = await reply.read()
-        try:
-            record.usage = _usage(json.loads(body))
-        except ValueError:
-            raise EngineLost("The engine's answer is not complete.") from None
-        return body
+    def _parse(self, raw: bytes) -> tuple[Generation, bytes]:
+        bounds = self._gateway.settings.bodies
+        generation = parse_generation(raw, PROMPT_FIELDS[self._path], bounds)
+        digest = b"" if generation.is_stream else hashlib.sha256(raw).digest()
+        return generation, digest
 
     async def _stream(
-        self,
-        generation: Generation,
-        headers: dict[str, str],
-        record: RequestRecord,
-        writer: AnswerWriter,
+        self, call: Call, running: RunningRequest, writer: AnswerWriter, *, as_event: bool
     ) -> None:
+        server, clock = self._gateway.settings.server, self._gateway.clock
+        # until then an error can still have a status of its own
+        next_note_at_s = clock() + server.hold_status_s
+        note = self._noting(call, running)
+        async with aclosing(self._gateway.generations.run(call)) as updates:
+            async for update in updates:
+                note(update)
+                if isinstance(update, Chunk):
+                    await writer.write_event(update.event)
+                elif isinstance(update, Reserved):
+                    writer.headers.update(update.headers)
+                elif clock() >= next_note_at_s and (
+                    event := progress_event(update, as_event=as_event)
+                ):
+                    next_note_at_s = clock() + 0.9 * server.progress_interval_s
+                    await writer.write_event(event)
+        await writer.write_event(DONE_EVENT)
+
+    async def _whole(
+        self, call: Call, running: RunningRequest, digest: bytes, headers: Headers
+    ) -> tuple[bytes, dict[str, str]]:
         clock = self._gateway.clock
-        async with (
-            self._post(generation, headers) as reply,
-            aclosing(split_events(reply.chunks())) as events,
-        ):
-            async for event in events:
-                data = event_data(event)
-                if data is None:  # a keep-alive comment during a long prefill
-                    await writer.write_event(event)
-                    continue
-                if data == DONE:
-                    await writer.write_event(event)
-                    return
-                chunk = self._checked_chunk(data)
-                if record.ttft_s is None:
-                    record.ttft_s = clock() - record.started_at_s
-                if (usage := _usage(chunk)) is not None:
-                    record.usage = usage
-                    if not chunk.get("choices") and not generation.client_wants_usage:
-                        continue
-                await writer.write_event(event)
-        raise EngineLost("The engine's stream ended before the answer was complete.")
-
-    def _checked_chunk(self, data: bytes) -> dict[str, Any]:
-        """Parse one event of the engine; an error event is raised."""
-        try:
-            chunk = json.loads(data)
-        except ValueError:
-            raise EngineLost("The engine's stream is damaged.") from None
-        if not isinstance(chunk, dict):
-            raise EngineLost("The engine's stream is damaged.")
-        if (error := chunk.get("error")) is not None:
-            status = error.get("code") if isinstance(error, dict) else None
-            status = status if isinstance(status, int) else 500
-            raise error_from_vllm(status, data, prompt_field=self._prompt_field)
-        return chunk
-
-    def _post(
-        self, generation: Generation, headers: dict[str, str]
-    ) -> AbstractAsyncContextManager[EngineReply]:
-        return self._gateway.engine.post(
-            self._path, generation.body, headers=headers, prompt_field=self._prompt_field
+        asked = Asked(
+            tenant_id=call.principal.tenant.tenant_id,
+            path=call.path,
+            body_digest=digest,
+            idempotency_key=_idempotency_key(headers),
         )
+        patience_s = _patience_s(headers)
+        ends_at_s = None if patience_s is None else call.record.started_at_s + patience_s - 1
+
+        def comes_back() -> bool:
+            timed_out = ends_at_s is not None and clock() >= ends_at_s
+            return asked.idempotency_key is not None or timed_out
+
+        whole, given = await self._gateway.answers.answer(
+            call, asked, comes_back=comes_back, note=self._noting(call, running)
+        )
+        return whole.body, dict(given)
+
+    def _noting(self, call: Call, running: RunningRequest) -> Noting:
+        return Noting(self._gateway, call, running)
 
 
-def _engine_headers(scope: Scope, record: RequestRecord) -> dict[str, str]:
-    """Return the headers the engine gets; no other header of the client reaches it."""
-    client_headers = Headers(scope=scope)
-    trace = {name: value for name in _TRACE_HEADERS if (value := client_headers.get(name))}
-    return {REQUEST_ID_HEADER: record.request_id, **trace}
+class Noting:
+    """Keeps what a drain must know of a running request: whether it waits, and how long it will take."""
+
+    def __init__(self, gateway: Gateway, call: Call, running: RunningRequest) -> None:
+        self._gateway = gateway
+        self._running = running
+        self._num_chunks = 0
+        self._first_at_s = 0.0
+        self._most_tokens = call.generation.max_output_tokens or ASSUMED_OUTPUT_TOKENS
+
+    def __call__(self, update: Update) -> None:
+        """Take note of one update."""
+        running = self._running
+        if isinstance(update, Chunk):
+            self._num_chunks += 1
+            now_s = self._gateway.clock()
+            if self._num_chunks == 1:
+                self._first_at_s = now_s
+            else:
+                per_token_s = (now_s - self._first_at_s) / (self._num_chunks - 1)
+                running.remaining_s = max(self._most_tokens - self._num_chunks, 0) * per_token_s
+            return
+        if isinstance(update, Waiting):
+            running.remaining_s = update.expected_first_token_s
+            self._gateway.running.note_waiting(running)
+        elif isinstance(update, Prefilling):
+            running.is_waiting = False
+            running.remaining_s = update.expected_first_token_s
 
 
-def _usage(document: Any) -> Usage | None:
-    usage = document.get("usage") if isinstance(document, dict) else None
-    if not isinstance(usage, dict):
+def deadlines_of(headers: Headers, gateway: Gateway) -> Deadlines:
+    """Return the deadlines of a request, shortened as its client asks; else :class:`InvalidRequest`."""
+    deadlines = Deadlines(**gateway.settings.deadlines.model_dump())
+    if (text := headers.get(TIMEOUT_HEADER)) is None:
+        return deadlines
+    if (timeout_s := _seconds(text)) is None:
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: expected seconds above 0.")
+    return deadlines.shortened(timeout_s)
+
+
+def _patience_s(headers: Headers) -> float | None:
+    """Return how long the client says that it waits, if it does."""
+    stated = [_seconds(headers.get(name, "")) for name in CLIENT_TIMEOUT_HEADERS]
+    return min((each for each in stated if each is not None), default=None)
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
         return None
-    details = usage.get("prompt_tokens_details") or {}
-    return Usage(
-        num_prompt_tokens=usage.get("prompt_tokens") or 0,
-        num_cached_tokens=details.get("cached_tokens") or 0,
-        num_completion_tokens=usage.get("completion_tokens") or 0,
-    )
+    return value if 0 < value < float("inf") else None
+
+
+def _idempotency_key(headers: Headers) -> str | None:
+    key = headers.get(IDEMPOTENCY_HEADER)
+    if key is not None and not 0 < len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
+        raise InvalidRequest(
+            f"{IDEMPOTENCY_HEADER}: expected 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters."
+        )
+    return key
+
+
+def _wants_events(headers: Headers) -> bool:
+    wanted = headers.get(PROGRESS_HEADER, "comments").lower()
+    if wanted not in ("comments", "events"):
+        raise InvalidRequest(f"{PROGRESS_HEADER}: expected events or comments.")
+    return wanted == "events"

@@ -27,6 +27,8 @@ class AnswerWriter:
     def __init__(self, send: Send, *, send_timeout_s: float) -> None:
         self._send = send
         self._send_timeout_s = send_timeout_s
+        self.headers: dict[str, str] = {}
+        """Sent with the status, beside those of the kind of answer."""
         self.is_started = False
         """Whether the status is on its way, so that it can no longer be an error's."""
         self.is_json_started = False
@@ -57,6 +59,10 @@ class AnswerWriter:
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         self.is_started = True
+        headers = headers + [
+            (name.lower().encode("latin-1"), value.encode("latin-1"))
+            for name, value in self.headers.items()
+        ]
         await self._send_in_time({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _send_in_time(self, message: Message) -> None:

@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 def status_routes(gateway: Gateway) -> list[Route]:
     """Return the routes that only read the gateway's own state."""
-    monitor = gateway.monitor
+    pool = gateway.pool
 
     async def list_models(_request: Request) -> JSONResponse:
-        monitor.require_known()
-        data = [_entry(model) for model in monitor.status.models]
+        if not (models := pool.models()):
+            pool.require_ready()
+        data = [_entry(model) for model in models]
         return JSONResponse({"object": "list", "data": data})
 
     async def show_model(request: Request) -> JSONResponse:
-        monitor.require_known()
-        return JSONResponse(_entry(monitor.require_model(request.path_params["name"])))
+        return JSONResponse(_entry(pool.require_model(request.path_params["name"])))
 
     async def healthz(_request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
     async def readyz(_request: Request) -> JSONResponse:
         if gateway.running.is_draining:
-            raise ShuttingDown("The server is shutting down.")
-        monitor.require_ready()
+            return _draining(gateway)
+        pool.require_ready()
         return JSONResponse({"status": "ready"})
 
     async def metrics(_request: Request) -> Response:
@@ -49,6 +49,18 @@ def status_routes(gateway: Gateway) -> list[Route]:
         Route("/readyz", readyz, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
     ]
+
+
+def _draining(gateway: Gateway) -> JSONResponse:
+    """Return the error of a gateway that drains, with how long that should take."""
+    running, remaining_s = gateway.running, gateway.running.remaining_s
+    error = ShuttingDown(
+        f"The server is shutting down: {len(running)} requests run, about {remaining_s:.0f} s remain."
+    )
+    draining = {"num_requests": len(running), "remaining_s": round(remaining_s)}
+    return JSONResponse(
+        {**error.body(), "draining": draining}, status_code=error.status, headers=error.headers
+    )
 
 
 def _entry(model: ServedModel) -> dict[str, Any]:

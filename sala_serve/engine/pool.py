@@ -79,6 +79,21 @@ class Engine:
         """How far its requests have got, by the ``X-Request-Id`` they were sent with."""
         return self.look.requests
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it lives and its work does not move."""
+        return False
+
+    @property
+    def num_starts(self) -> int:
+        """How often it has become ready; after each time its prefix cache is empty."""
+        return 1
+
+    @property
+    def kv_used_tokens(self) -> int | None:
+        """Tokens that running requests hold; None: not known."""
+        return self.look.kv_used_tokens
+
     async def run(self) -> None:
         """Watch the engine; cancel to stop."""
         await self.monitor.run()

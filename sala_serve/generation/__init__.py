@@ -12,9 +12,11 @@ from sala_serve.generation.call import (
     Path,
     Prefilling,
     Quiet,
+    Reserved,
     Update,
     Whole,
 )
+from sala_serve.generation.life import Generations
 from sala_serve.scheduling.work import Waiting
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "Call",
     "Chunk",
     "Deadlines",
+    "Generations",
     "Path",
     "Prefilling",
     "Quiet",
+    "Reserved",
     "Update",
     "Waiting",
     "Whole",

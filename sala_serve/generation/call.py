@@ -63,6 +63,14 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Reserved:
+    """The tenant's limits allow it."""
+
+    headers: Mapping[str, str]
+    """``x-ratelimit-*`` for the client."""
+
+
+@dataclass(frozen=True)
 class Quiet:
     """Nothing new for a while: the prompt is being counted, or the next token takes long."""
 
@@ -98,4 +106,4 @@ class Whole:
     document: dict[str, Any]
 
 
-Update = Waiting | Prefilling | Quiet | Chunk | Whole
+Update = Reserved | Quiet | Waiting | Prefilling | Chunk | Whole

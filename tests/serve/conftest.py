@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -121,14 +122,14 @@ async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> Asy
     engine_url, url = (
         f"http://127.0.0.1:{each.getsockname()[1]}" for each in (engine_listener, listener)
     )
-    gateway = Gateway.create(settings_of(engine_url, **config))
+    gateway = Gateway.create(settings_of(config.pop("engine_url", engine_url), **config))
     async with (
         _serve({engine_listener: engine.app, listener: build_app(gateway)}),
         httpx.AsyncClient(base_url=url, timeout=10, verify=False) as http,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, http_client=http) as client,
     ):
         if engine.behaviour.health_status == 200:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await gateway.monitor.wait_ready()
         try:
             yield Stack(engine, gateway, url, client, http)
@@ -168,6 +169,21 @@ async def fake_engine() -> AsyncIterator[tuple[FakeEngine, str]]:
     listener = bind("127.0.0.1", 0)
     async with _serve({listener: engine.app}):
         yield engine, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+async def fake_process() -> AsyncIterator[str]:
+    """A fake engine in a process of its own, and its URL; long prompts then do not hold up the test's loop."""
+    with bind("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+    behaviour = json.dumps({"max_model_len": 4_000_000})
+    command = (sys.executable, "-m", "sala_serve.engine.fake", "--port", str(port), behaviour)
+    process = await asyncio.create_subprocess_exec(*command)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 class Stub:

@@ -27,9 +27,10 @@ async def test_one_line_a_request_with_its_outcome(stack, caplog):
     caplog.set_level("INFO", logger="sala_serve")
     await stack.http.post("/v1/completions", content=b"{", headers={"X-Request-Id": "r1"})
     await stack.http.get("/healthz")
-    lines = [record.message for record in caplog.records if "middleware" in record.name]
+    lines = [record.message for record in caplog.records if record.name == "sala_serve.request"]
     assert len(lines) == 1
-    assert lines[0].startswith("r1 /v1/completions 400 invalid_request duration_s=0.")
+    start = "r1 /v1/completions 400 error_code=invalid_request tenant=default duration_s=0."
+    assert lines[0].startswith(start)
 
 
 KEYS = ApiKeys(("sk-one", "sk-two"))
@@ -72,8 +73,8 @@ async def test_refused_key_and_unknown_path_say_why_in_the_log(start_stack, capl
     async with start_stack(api_keys=KEYS) as stack:
         await stack.http.get("/v1/models", headers={"Authorization": "Bearer sk-bad"})
         await stack.http.get("/v2/sk-secret")
-    assert "/v1/models 401 invalid_api_key" in caplog.text
-    assert "other 404 route_not_found" in caplog.text
+    assert "/v1/models 401 error_code=invalid_api_key" in caplog.text
+    assert "other 404 error_code=route_not_found" in caplog.text
     assert "sk-bad" not in caplog.text
     assert "sk-secret" not in caplog.text
 

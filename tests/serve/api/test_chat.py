@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 
 import httpx
 import openai
@@ -26,7 +27,9 @@ async def test_chat_passes_other_fields_untouched(stack):
     body = {"model": "sala", "messages": [{"role": "user", "content": content}], **extra}
     response = await stack.http.post(PATH, json=body)
     assert response.status_code == 200
-    assert stack.engine.journal.bodies == [body]
+    (seen,) = stack.engine.journal.bodies
+    assert len(seen.pop("cache_salt")) == 43
+    assert seen == body
 
 
 async def test_chat_streams_every_token_and_no_usage_unless_asked(stack):
@@ -58,16 +61,54 @@ async def test_chat_sends_tokens_as_they_come(start_stack):
     assert times_s[1] - times_s[0] > 0.1
 
 
-async def test_chat_passes_keep_alive_comments_during_a_long_prefill(start_stack):
-    async with (
-        start_stack(Behaviour(num_keep_alives=2, ttft_s=0.2)) as stack,
-        stack.http.stream("POST", PATH, json={**REQUEST, "stream": True}) as response,
-    ):
-        text = (await response.aread()).decode()
-        assert text.startswith(": keep-alive\n\n: keep-alive\n\ndata: {")
-        assert text.endswith("data: [DONE]\n\n")
+async def test_stream_tells_its_progress_in_comments_that_clients_ignore(start_stack):
+    behaviour = Behaviour(
+        num_prompt_tokens=300, num_cached_tokens=0, prefill_tokens_per_s=500, num_keep_alives=2
+    )
+    async with start_stack(behaviour, hold_status_s=0, progress_interval_s=0.1) as stack:
+        response = await stack.http.post(PATH, json={**REQUEST, "stream": True})
+        events = response.text.split("\n\n")
+        notes = [event for event in events if event.startswith(":")]
+        assert notes
+        assert all(" total_tokens=300" in note for note in notes if " prefill " in note)
+        assert not any("keep-alive" in note for note in notes)
+        first = next(index for index, event in enumerate(events) if event.startswith("data:"))
+        assert first == len(notes), "progress ends with the first token"
+        assert events[-2:] == ["data: [DONE]", ""]
         ttft_s = await stack.metric("sala_gateway_time_to_first_token_seconds_sum", endpoint=PATH)
-        assert ttft_s > 0.15
+        assert ttft_s > 0.5
+
+
+async def test_stream_tells_its_progress_in_events_if_asked(start_stack):
+    behaviour = Behaviour(num_prompt_tokens=300, num_cached_tokens=0, prefill_tokens_per_s=300)
+    async with start_stack(behaviour, hold_status_s=0, progress_interval_s=0.1) as stack:
+        response = await stack.http.post(
+            PATH, json={**REQUEST, "stream": True}, headers={"X-Sala-Progress": "events"}
+        )
+        named = re.findall(r"event: sala\.progress\ndata: (.*)\n\n", response.text)
+        documents = [json.loads(data) for data in named]
+        totals = [each["total_tokens"] for each in documents if each["phase"] == "prefill"]
+        assert totals
+        assert set(totals) == {300}
+        assert not re.search("^:", response.text, re.MULTILINE)
+
+
+async def test_progress_does_not_disturb_openais_client(start_stack):
+    behaviour = Behaviour(num_prompt_tokens=100, num_cached_tokens=0, prefill_tokens_per_s=500)
+    async with start_stack(behaviour, hold_status_s=0, progress_interval_s=0.05) as stack:
+        stream = await stack.client.chat.completions.create(
+            model="sala", messages=MESSAGES, stream=True
+        )
+        text = "".join([chunk.choices[0].delta.content async for chunk in stream])
+    assert text == "word0 word1 word2 "
+
+
+async def test_early_error_of_a_stream_keeps_its_status(stack):
+    error = {"message": "maximum context length is 9", "code": 400, "param": None}
+    stack.engine.behaviour.error = (400, error)
+    response = await stack.http.post(PATH, json={**REQUEST, "stream": True})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("ending", [Ending.CONNECTION_LOST, Ending.SILENT_END, Ending.ERROR_EVENT])
