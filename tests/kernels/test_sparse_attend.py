@@ -230,16 +230,6 @@ def test_tiles_match_reference(queries: int, device: str) -> None:
     assert step.error(device, attend) < BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("range_blocks", [1, 4, 5])
-def test_ranges_of_blocks_match_reference(range_blocks: int, device: str) -> None:
-    step = Step([(5, 707), (4, 64), (3, 402)], SMALL)
-
-    def attend(*arguments: Any) -> None:
-        triton_prefill.attend_prefill(*arguments, range_blocks=range_blocks)
-
-    assert step.error(device, attend) < BOUND[torch.float32]
-
-
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(2, 2, 64), (3, 1, 32), (16, 1, 128), (32, 1, 16), (2, 1, 256)]
 )

@@ -27,8 +27,16 @@ def run(record: Recorder, folder: Path) -> int:
     """Run the tests, in several processes where pytest-xdist is installed; return how many failed."""
     report = folder / "device-tests.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "-q"]
-    command += ["-p", "no:cacheprovider", "--import-mode=importlib", f"--junitxml={report}"]
+    # one line a test, so that the log tells which were running when the time is over
+    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "-v"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--import-mode=importlib",
+        f"--junitxml={report}",
+    ]
     command += ["--deselect", f"tests/engine/test_equals_oracle.py::{NEEDS_MORE_GPUS}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(MAX_PROCESSES, os.cpu_count() or 1))]

@@ -205,13 +205,14 @@ def operators(results: Results) -> str:
         if "failed" in line:
             rows.append(f"| {line['op']} | {shape} | {line['failed'][:80]} | | | | |")
             continue
+        published = line["sglang_published_ms"] or ""
         low, mid, high = (line["time_us"][name] / 1e3 for name in ("p10", "median", "p90"))
         rivals = "; ".join(
             f"{name}: {times['median'] / 1e3:.3g}" for name, times in line["rivals_us"].items()
         )
         rows.append(
             f"| {line['op']} | {shape} | {mid:.3g} ({low:.3g} to {high:.3g}) | {line['limit']} | "
-            f"{line['roofline_frac']:.0%} | {rivals} | {line['sglang_published_ms'] or ''} |"
+            f"{line['roofline_frac']:.0%} | {rivals} | {published and f'{published:.3g}'} |"
         )
     return "\n".join(rows)
 

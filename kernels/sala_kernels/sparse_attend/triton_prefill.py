@@ -4,9 +4,9 @@ The initial and local blocks are the same for all queries of one key block, so t
 dense sequence, by tiles with full matrix instructions. The other blocks differ between queries: a few
 neighbouring queries read the union of theirs, and each query ignores what only others chose.
 
-Queries that choose independently read every page many times, so the pages must come from the L2 cache: the
-second pass is one launch for each range of blocks that fits it, and all tiles read from one range at a time.
-Passes hand on normalised float32 output and its log-sum-exp.
+Queries that choose independently read every page many times. All tiles walk their blocks in ascending order, so
+those that run together read from one region of the sequence, and the L2 cache serves most of it. The first pass
+hands on normalised float32 output and its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from sala_kernels.spec import SparseSpec
 
 
-RANGE_BLOCKS = 1024
-"""Blocks of one KV head that all tiles attend before any goes on: 32 MiB at the released shape."""
-
-
 class Tiling(NamedTuple):
     """How a pass is cut into programs."""
 
@@ -57,13 +53,11 @@ def attend_prefill(
     *,
     shared: Tiling | None = None,
     chosen: Tiling | None = None,
-    range_blocks: int | None = None,
 ) -> None:
     """Attend the tokens after the batch's decodes.
 
     Computes ``4 tokens heads dim 64`` FLOP a block: (init + local + 1) blocks a token in the first pass, in
-    the second the union of its tile's. Each program reads ``128 dim`` elements a block, from L2 at best, and
-    in each launch of the second pass reads and writes its float32 output.
+    the second the union of its tile's. Each program reads ``128 dim`` elements a block, from L2 at best.
 
     Args:
         q: [tokens, heads, dim], the last axis contiguous.
@@ -74,7 +68,6 @@ def attend_prefill(
         output: as ``q``; written.
         shared: tiling of the pass over initial and local blocks; None = by shape.
         chosen: tiling of the pass over the other blocks; None = by shape.
-        range_blocks: blocks of one launch of the second pass; None = ``RANGE_BLOCKS``.
     """
     tokens, heads, dim = q.shape
     kv_heads = cache.keys.shape[1]
@@ -118,23 +111,19 @@ def attend_prefill(
     )
     if not has_chosen:
         return
-    range_blocks = range_blocks or RANGE_BLOCKS
-    num_ranges = triton.cdiv(batch.max_seq_len, range_blocks * BLOCK_TOKENS)
     first, num_tiles = _tiles(batch, tokens, chosen.queries)
     lists = blocks.new_empty(num_tiles, kv_heads, chosen.queries * num_selected)
-    bounds = blocks.new_empty(num_tiles, kv_heads, num_ranges + 1)
+    counts = blocks.new_empty(num_tiles, kv_heads)
     _list_chosen[num_tiles, kv_heads](
         blocks,
         blocks.stride(0),
         blocks.stride(1),
         lists,
-        bounds,
-        num_ranges,
+        counts,
         *rows,
         *where,
         first,
         *selection,
-        range_blocks=range_blocks,
         tile_queries=chosen.queries,
         num_selected=num_selected,
         padded_selected=triton.next_power_of_2(num_selected),
@@ -142,35 +131,29 @@ def attend_prefill(
         block_tokens=BLOCK_TOKENS,
         num_warps=4,
     )
-    for index in range(num_ranges):
-        is_last = index == num_ranges - 1
-        target = output if is_last else partial
-        _attend_chosen[num_tiles, kv_heads](
-            *queries,
-            partial,
-            target,
-            target.stride(0),
-            target.stride(1),
-            log_sum_exp,
-            *paged,
-            lists,
-            lists.stride(0),
-            lists.stride(1),
-            bounds,
-            index,
-            num_ranges,
-            batch.query_start_loc,
-            batch.seq_lens,
-            *where,
-            first,
-            score_scale,
-            is_last=is_last,
-            tile_queries=chosen.queries,
-            padded_group=max(padded_group, 16 // chosen.queries),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            **constants,
-        )
+    _attend_chosen[num_tiles, kv_heads](
+        *queries,
+        partial,
+        output,
+        output.stride(0),
+        output.stride(1),
+        log_sum_exp,
+        *paged,
+        lists,
+        lists.stride(0),
+        lists.stride(1),
+        counts,
+        batch.query_start_loc,
+        batch.seq_lens,
+        *where,
+        first,
+        score_scale,
+        tile_queries=chosen.queries,
+        padded_group=max(padded_group, 16 // chosen.queries),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        **constants,
+    )
 
 
 def _shared_tiling(padded_group: int, dim: int, element_bytes: int) -> Tiling:
@@ -339,16 +322,13 @@ def _attend_shared(  # type: ignore[no-untyped-def]
     tl.store(log_sum_exp + token * heads + head, row_max + tl.log2(row_sum), mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=["num_ranges", "first_sequence", "num_seqs", "first_tile", "dense_len"]
-)
+@triton.jit(do_not_specialize=["first_sequence", "num_seqs", "first_tile", "dense_len"])
 def _list_chosen(  # type: ignore[no-untyped-def]
     blocks,
     blocks_token_stride,
     blocks_head_stride,
     lists,
-    bounds,
-    num_ranges,
+    counts,
     query_start_loc,
     seq_lens,
     block_table,
@@ -359,7 +339,6 @@ def _list_chosen(  # type: ignore[no-untyped-def]
     dense_len,
     init_blocks,
     local_blocks,
-    range_blocks: tl.constexpr,
     tile_queries: tl.constexpr,
     num_selected: tl.constexpr,
     padded_selected: tl.constexpr,
@@ -368,17 +347,15 @@ def _list_chosen(  # type: ignore[no-untyped-def]
 ):
     """List the pages that a tile's sparse queries chose beyond the shared blocks, each once, in block order.
 
-    Entries are page * 2**tile_queries + a bit for each query that chose it, 31 bits in all. Those of range i
-    lie from bounds[i] to bounds[i + 1].
+    Entries are page * 2**tile_queries + a bit for each query that chose it, 31 bits in all; ``counts``
+    says how many.
     """
     program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     sequence, first_token, context, seq_len, start = _locate_tile(
         query_start_loc, seq_lens, first_sequence, num_seqs, first_tile, tile_queries
     )
-    bounds += program * (num_ranges + 1)
     if start >= seq_len:
-        for index in range(num_ranges + 1):
-            tl.store(bounds + index, 0)
+        tl.store(counts + program, 0)
         return
     entry = tl.arange(0, tile_queries * padded_selected)
     query = entry // padded_selected
@@ -424,14 +401,10 @@ def _list_chosen(  # type: ignore[no-untyped-def]
         (page << tile_queries) | (key & ((1 << tile_queries) - 1)),
         mask=is_chosen,
     )
-    for index in range(num_ranges + 1):
-        is_before = key < ((index * range_blocks) << tile_queries)
-        tl.store(bounds + index, tl.sum(is_before.to(tl.int32), 0))
+    tl.store(counts + program, tl.sum(is_chosen.to(tl.int32), 0))
 
 
-@triton.jit(
-    do_not_specialize=["range_index", "num_ranges", "first_sequence", "num_seqs", "first_tile"]
-)
+@triton.jit(do_not_specialize=["first_sequence", "num_seqs", "first_tile"])
 def _attend_chosen(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
@@ -448,16 +421,13 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     lists,
     list_tile_stride,
     list_head_stride,
-    bounds,
-    range_index,
-    num_ranges,
+    counts,
     query_start_loc,
     seq_lens,
     first_sequence,
     num_seqs,
     first_tile,
     score_scale,
-    is_last: tl.constexpr,
     tile_queries: tl.constexpr,
     group: tl.constexpr,
     padded_group: tl.constexpr,
@@ -465,16 +435,8 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     block_tokens: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Continue ``partial`` with the listed pages of one range, which all lie before the tile.
-
-    ``output`` is ``partial``, or in the last launch the rounded result.
-    """
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    bounds += program.to(tl.int64) * (num_ranges + 1) + range_index
-    first_entry = tl.load(bounds)
-    end_entry = tl.load(bounds + 1)
-    if (first_entry == end_entry) & (not is_last):
-        return
+    """Continue ``partial`` with the listed pages, which all lie before the tile, and round the result."""
+    count = tl.load(counts + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
     sequence, first_token, context, seq_len, start = _locate_tile(
         query_start_loc, seq_lens, first_sequence, num_seqs, first_tile, tile_queries
     )
@@ -498,9 +460,9 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
     entries += tl.program_id(1) * list_head_stride
     bit = tl.arange(0, tile_queries * padded_group) // padded_group
     # an empty range reads an entry that it does not use
-    entry = tl.load(entries + first_entry, mask=first_entry < end_entry, other=0)
-    for index in range(first_entry + 1, end_entry + 1):
-        next_entry = tl.load(entries + tl.minimum(index, end_entry - 1))
+    entry = tl.load(entries, mask=count > 0, other=0)
+    for index in range(1, count + 1):
+        next_entry = tl.load(entries + tl.minimum(index, count - 1))
         page = entry >> tile_queries
         key = tl.load(page_cells(keys + head_offset, page, page_stride, block_tokens, dim))
         value = tl.load(page_cells(values + head_offset, page, page_stride, block_tokens, dim))
@@ -516,5 +478,3 @@ def _attend_chosen(  # type: ignore[no-untyped-def]
         (weighted / row_sum[:, None]).to(output.dtype.element_ty),
         mask=exists[:, None],
     )
-    if not is_last:
-        tl.store(log_sum_exp + token * heads + head, row_max + tl.log2(row_sum), mask=exists)

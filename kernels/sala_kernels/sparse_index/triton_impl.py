@@ -328,4 +328,6 @@ class _Run:
             key_bits=31 if self.is_float32 else 15,
             one_token_each=one_token_each,
             num_warps=min(max(max_blocks // 1024, 4), 16),
+            # a few bytes spill, and two programs of 8 warps fit a multiprocessor
+            maxnreg=128,
         )
