@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr, field_validator
@@ -33,6 +33,8 @@ from sala_serve.telemetry import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from redis.asyncio import ConnectionPool
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,44 @@ class StateSettings(Section):
             expected = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
             raise ValueError(f"expected a URL with {expected}")
         return url
+
+
+class _Cancellable:
+    """A connection on which a task can be cancelled at any moment.
+
+    redis-py and fakeredis use ``asyncio.wait_for``, which before Python 3.12 drops a cancellation that comes
+    when what it waits for has just ended. Goes when Python 3.11 is no longer supported.
+    """
+
+    async def send_packed_command(self, *arguments: Any, **named: Any) -> None:
+        """Send a command."""
+        try:
+            with _seeing_cancellation():
+                await super().send_packed_command(*arguments, **named)  # type: ignore[misc]
+        except asyncio.CancelledError:
+            # else the answer would be taken for that of the next command
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise
+
+    async def read_response(self, *arguments: Any, **named: Any) -> Any:
+        """Read an answer."""
+        with _seeing_cancellation():
+            return await super().read_response(*arguments, **named)  # type: ignore[misc]
+
+
+@contextmanager
+def _seeing_cancellation() -> Iterator[None]:
+    task = asyncio.current_task()
+    assert task is not None
+    num_before = task.cancelling()
+    yield
+    if task.cancelling() > num_before:
+        raise asyncio.CancelledError
+
+
+def _make_cancellable(pool: ConnectionPool) -> None:
+    base = pool.connection_class
+    pool.connection_class = type(f"Cancellable{base.__name__}", (_Cancellable, base), {})
 
 
 class State:
@@ -125,6 +165,7 @@ class State:
                 max_connections=settings.max_connections,
                 timeout=None,  # busy is not away
             )
+            _make_cancellable(embedded.connection_pool)
             return cls(embedded, settings, is_embedded=True, clock=clock, metrics=metrics)
         pool = BlockingConnectionPool.from_url(
             settings.url.get_secret_value(),
@@ -136,6 +177,7 @@ class State:
             # a command that may have run must not run again behind its sender's back
             retry=Retry(NoBackoff(), 0),
         )
+        _make_cancellable(pool)
         redis = Redis.from_pool(pool)
         return cls(redis, settings, is_embedded=False, clock=clock, metrics=metrics)
 

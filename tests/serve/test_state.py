@@ -101,6 +101,22 @@ async def test_more_commands_at_once_than_connections_wait_their_turn(state):
     assert await state.redis.get(b"sala:x") == b"500"
 
 
+async def test_a_cancelled_task_ends_whatever_its_command_is_doing(state):
+    async def ask_for_ever() -> None:
+        while True:
+            await state.redis.get(b"sala:x")
+
+    for num_steps in range(60):
+        task = asyncio.create_task(ask_for_ever())
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait({task})
+        with pytest.raises(asyncio.CancelledError):
+            task.result()
+
+
 async def test_wrong_command_is_a_bug_and_not_an_outage(state):
     await state.redis.set(b"sala:x", b"text")
     with pytest.raises(RedisError), state.guarded():
