@@ -31,6 +31,8 @@ _KEY = re.compile(rf"sk-sala-([a-z2-7]{{{KEY_ID_LENGTH}}})-([A-Za-z0-9_-]{{43}})
 _NO_DIGEST = "0" * 64
 MAX_CACHED = 10_000
 """Keys remembered by one replica, unknown ones included."""
+MAX_LOOK_UP_S = 2.0
+"""What takes longer is not believed: the key may have been revoked since."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class KeyRing:
             tenant = None if key is None else await self.store.tenant(key.tenant_id)
         except NotFound:
             tenant = None
+        if self._clock() - now_s >= MAX_LOOK_UP_S:
+            raise StateUnavailable("The gateway's shared state is too slow; please retry.")
         return _Found(key, tenant, now_s)
 
     def _may_be_stale(self, known: _Found, tenant: Tenant) -> bool:

@@ -77,7 +77,7 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Scopes:
-    """What one key may reach; ``None`` is everything."""
+    """What one key may reach; ``None`` is everything, where nothing else is said."""
 
     models: frozenset[str] | None = None
     endpoints: frozenset[str] | None = None
@@ -85,7 +85,7 @@ class Scopes:
     max_context_tokens: int | None = None
     """Longest prompt and answer together."""
     tiers: frozenset[str] | None = None
-    """Values of ``service_tier`` that a request may ask for."""
+    """Values of ``service_tier`` that a request may ask for; ``None``: the tenant's own alone."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,12 @@ def check_scopes(
         PermissionDenied: the key does not reach it; the message names what it reaches.
     """
     scopes = principal.scopes
+    # else whoever has a key could choose the tier with the largest share
+    tiers = frozenset({principal.tenant.tier}) if scopes.tiers is None else scopes.tiers
     for given, allowed, what, param in (
         (endpoint, scopes.endpoints, "endpoint", None),
         (model, scopes.models, "model", "model"),
-        (tier, scopes.tiers, "service tier", "service_tier"),
+        (tier, tiers, "service tier", "service_tier"),
     ):
         if given is not None and allowed is not None and given not in allowed:
             names = ", ".join(sorted(allowed)) or "none"

@@ -20,7 +20,7 @@ from sala_serve.errors import Conflict, InvalidRequest, NotFound, StateUnavailab
 from sala_serve.tenants.model import DEFAULT_TENANT_ID, Limits, Scopes, Tenant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from sala_serve.state import State
     from sala_serve.tenants.secret import ServerSecret
@@ -47,6 +47,11 @@ _DELETE_TENANT = """
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[2])) do redis.call('DEL', 'sala:key:' .. id) end
 redis.call('DEL', KEYS[2])
 redis.call('SREM', KEYS[3], ARGV[1])
+return redis.call('DEL', KEYS[1])
+"""
+
+_DELETE_KEY = """
+redis.call('SREM', KEYS[2], ARGV[1])
 return redis.call('DEL', KEYS[1])
 """
 
@@ -111,6 +116,7 @@ class TenantStore:
         self._unix_clock = unix_clock
         self._write = state.redis.register_script(_WRITE)
         self._delete_tenant = state.redis.register_script(_DELETE_TENANT)
+        self._delete_key = state.redis.register_script(_DELETE_KEY)
         self._num_losses_checked: int | None = None
 
     def digest(self, key_id: str, secret: str) -> str:
@@ -154,8 +160,15 @@ class TenantStore:
             raise Conflict(f"There is a tenant {tenant_id} already.")
         return tenant
 
-    async def update_tenant(self, tenant_id: str, **changes: Any) -> Tenant:
+    async def update_tenant(
+        self, tenant_id: str, *, limit_changes: Mapping[str, Any] | None = None, **changes: Any
+    ) -> Tenant:
         """Change fields of a tenant: ``name``, ``tier``, ``limits``, ``is_active``.
+
+        Args:
+            tenant_id: whose.
+            limit_changes: fields of its limits; those that are not named stay.
+            **changes: fields of the tenant.
 
         Raises:
             NotFound: there is none with this id.
@@ -166,6 +179,7 @@ class TenantStore:
         while True:
             text = await self._require(f"sala:tenant:{tenant_id}", "tenant")
             tenant = replace(_read_tenant(tenant_id, text), **changes)
+            tenant = replace(tenant, limits=replace(tenant.limits, **(limit_changes or {})))
             if await self._save_tenant(text, tenant):
                 return tenant
 
@@ -254,6 +268,18 @@ class TenantStore:
             return replace(key, revoked_unix_s=key.revoked_unix_s or self._unix_clock())
 
         return await self._change_key(key_id, revoked, must_be_active=False)
+
+    async def delete_key(self, key_id: str) -> None:
+        """Forget a key, which ends it too.
+
+        Raises:
+            NotFound: there is no such key.
+        """
+        key = _read_key(key_id, await self._require(f"sala:key:{key_id}", "key"))
+        names = [f"sala:key:{key_id}", f"sala:tenant-keys:{key.tenant_id}"]
+        with self._state.guarded():
+            if not await self._delete_key(keys=names, args=[key_id]):
+                raise NotFound("There is no such key.")
 
     async def _change_key(
         self,

@@ -181,6 +181,29 @@ async def test_revocation_is_known_to_every_replica_within_two_seconds(state, cl
         await one.store.rotate_key(key.key_id, keep_old_s=60)
 
 
+@pytest.mark.parametrize("slow_s", [1.99, 2.0])
+async def test_look_up_that_took_too_long_is_not_believed(state, clock, slow_s):
+    one, other = make_ring(state, clock), make_ring(state, clock)
+    await make_tenant(one)
+    key, token = await make_key(one)
+    read_tenant = other.store.tenant
+
+    async def revoked_meanwhile(tenant_id):
+        await one.store.revoke_key(key.key_id)
+        clock.now_s += slow_s
+        return await read_tenant(tenant_id)
+
+    other.store.tenant = revoked_meanwhile
+    if slow_s < 2:
+        assert await is_accepted(other, token)
+    else:
+        with pytest.raises(StateUnavailable):
+            await other.authenticate(token)
+    # and what was believed is not remembered past the time of its look-up
+    other.store.tenant = read_tenant
+    assert not await is_accepted(other, token)
+
+
 async def test_cache_cannot_be_set_longer_than_revocation_allows():
     with pytest.raises(ValueError, match="less than or equal to 1.5"):
         TenantsSettings(key_cache_s=2)
@@ -369,7 +392,16 @@ def test_scopes_are_checked(wanted, param):
     with pytest.raises(PermissionDenied) as refused:
         check_scopes(narrow, **wanted)
     assert refused.value.param == param
-    check_scopes(Principal(narrow.tenant, None), **wanted)
+    if "tier" not in wanted:
+        check_scopes(Principal(narrow.tenant, None), **wanted)
+
+
+def test_tier_of_another_tenant_is_not_had_by_asking():
+    cheap = Principal(Tenant("a", "A", "cheap"), "k")
+    check_scopes(cheap, tier="cheap")
+    with pytest.raises(PermissionDenied, match="allowed: cheap"):
+        check_scopes(cheap, tier="gold")
+    check_scopes(Principal(cheap.tenant, "k", Scopes(tiers=frozenset({"gold"}))), tier="gold")
 
 
 def test_secret_file_is_made_once_and_private(tmp_path, monkeypatch):
