@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvloop
 
@@ -32,6 +32,7 @@ from sala_serve.engine.launch import EngineOptions, engine_command, reserved_fla
 from sala_serve.engine.supervisor import EngineStartFailed, EngineSupervisor, RestartPolicy
 from sala_serve.gateway import Gateway
 from sala_serve.serving import bind, serve
+from sala_serve.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
     import socket
@@ -77,7 +78,12 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
         engine_socket = Path(folder, "engine.sock")
         if len(os.fsencode(engine_socket)) > MAX_SOCKET_PATH_BYTES:
             raise ConfigError(f"{folder} is too long for a socket: set TMPDIR to a shorter path")
-        settings = _settings(options, {"url": "http://engine", "socket": engine_socket})
+        settings = _settings(
+            options,
+            engines=[{"url": "http://engine", "socket": engine_socket}],
+            # the engine's own; without one vLLM counts, or refuses to start
+            tokens={"tokenizer": model} if (model / "tokenizer.json").exists() else {},
+        )
         listener = bind(settings.server.host, settings.server.port)
         gateway = Gateway.create(settings)
         engine_options = EngineOptions(
@@ -107,7 +113,8 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _gateway(options: argparse.Namespace) -> int:
-    settings = _settings(options, {"url": options.engine_url} if options.engine_url else None)
+    named = {"engines": [{"url": options.engine_url}]} if options.engine_url else {}
+    settings = _settings(options, **named)
     listener = bind(settings.server.host, settings.server.port)
     return _serve(Gateway.create(settings), listener, None)
 
@@ -123,22 +130,22 @@ def _chat(options: argparse.Namespace) -> int:
     )
 
 
-def _settings(options: argparse.Namespace, engine: dict[str, object] | None) -> Settings:
-    """Read the settings; ``engine`` is the one that the command line names."""
+def _settings(options: argparse.Namespace, **named: Any) -> Settings:
+    """Read the settings, and log as they say; ``named`` are sections that follow from the command."""
     keys = None if options.api_key_file is None else read_api_key_file(options.api_key_file)
-    return load_settings(
+    settings = load_settings(
         os.environ,
         file=options.config,
         overrides={
             "server": {"host": options.host, "port": options.port, "api_keys": keys},
-            **({} if engine is None else {"engines": [engine]}),
+            **named,
         },
     )
+    configure_logging(settings.telemetry)
+    return settings
 
 
 def _serve(gateway: Gateway, listener: socket.socket, supervisor: EngineSupervisor | None) -> int:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a probe
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     # a request has two sockets; at the usual 1024 the gateway could not even ask whether the engine lives

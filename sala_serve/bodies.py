@@ -110,8 +110,10 @@ def check_generation(
     num_choices = _count(document, "n", least=1, most=bounds.max_choices)
     asked = [_count(document, name, least=0, most=None) for name in OUTPUT_FIELDS]
     service_tier = _text(document, "service_tier")
+    # ours: vLLM knows other names and does nothing with them
+    document = {name: value for name, value in document.items() if name != "service_tier"}
     if is_stream:
-        document = {**document, "stream_options": {**options, "include_usage": True}}
+        document["stream_options"] = {**options, "include_usage": True}
     return Generation(
         model=document["model"],
         is_stream=bool(is_stream),

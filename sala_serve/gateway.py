@@ -21,7 +21,7 @@ from sala_serve.tenants.keys import KeyRing
 from sala_serve.tenants.limits import Limiter
 from sala_serve.tenants.secret import ServerSecret
 from sala_serve.tokens.counter import TokenCounter
-from sala_serve.tokens.remote import EngineTokenCounter
+from sala_serve.tokens.remote import CheckedTokenCounter, EngineTokenCounter
 from sala_serve.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Gateway:
     limiter: Limiter
     pool: EnginePool
     counter: PromptCounter
+    own_counter: TokenCounter | None
+    """Behind ``counter``, where there is a tokenizer."""
     scheduler: Scheduler[Engine]
     generations: Generations
     answers: SharedAnswers
@@ -66,7 +68,7 @@ class Gateway:
         try:
             secret = ServerSecret.load(settings.tenants, is_shared=not state.is_embedded)
             pool = EnginePool.create(settings.engines, metrics=metrics, clock=clock)
-            counter = _counter(settings, pool)
+            own_counter, counter = _counters(settings, pool)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         limiter = Limiter(
@@ -109,6 +111,7 @@ class Gateway:
             limiter=limiter,
             pool=pool,
             counter=counter,
+            own_counter=own_counter,
             scheduler=scheduler,
             generations=generations,
             answers=SharedAnswers(generations, retry_grace_s=settings.server.retry_grace_s),
@@ -126,8 +129,10 @@ class Gateway:
         """Do what goes on beside the requests for the length of the block, then close all connections."""
         try:
             async with asyncio.TaskGroup() as group:
-                parts = (self.state, self.limiter, self.pool, self.answers)
-                tasks = [group.create_task(part.run()) for part in parts]
+                works = [each.run() for each in (self.state, self.limiter, self.pool, self.answers)]
+                if isinstance(self.counter, CheckedTokenCounter):
+                    works.append(self.counter.run())
+                tasks = [group.create_task(work) for work in works]
                 try:
                     yield
                 finally:
@@ -137,11 +142,14 @@ class Gateway:
             await self.limiter.close()
             await self.state.close()
             self.uploads.close()
+            if self.own_counter is not None:
+                self.own_counter.close()
             await asyncio.to_thread(self.tracing.shutdown)
 
 
-def _counter(settings: Settings, pool: EnginePool) -> PromptCounter:
-    tokens = settings.tokens
+def _counters(settings: Settings, pool: EnginePool) -> tuple[TokenCounter | None, PromptCounter]:
+    tokens, engine_counter = settings.tokens, EngineTokenCounter(pool)
     if tokens.tokenizer is None:
-        return EngineTokenCounter(pool)
-    return TokenCounter.load(tokens.tokenizer, num_threads=tokens.num_threads)
+        return None, engine_counter
+    own = TokenCounter.load(tokens.tokenizer, num_threads=tokens.num_threads)
+    return own, CheckedTokenCounter(own, engine_counter, pool)

@@ -41,6 +41,8 @@ TIMEOUT_HEADER = "X-Request-Timeout-S"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 CLIENT_TIMEOUT_HEADERS = (TIMEOUT_HEADER, "X-Stainless-Read-Timeout")
 """How long a client says that it waits; the second is from OpenAI's own clients."""
+RETRY_HEADER = "X-Stainless-Retry-Count"
+"""How often OpenAI's own clients have sent a request before."""
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 
 
@@ -136,10 +138,11 @@ class GenerationEndpoint:
     ) -> tuple[bytes, dict[str, str]]:
         clock = self._gateway.clock
         asked = Asked(
-            tenant_id=call.principal.tenant.tenant_id,
+            principal=call.principal,
             path=call.path,
             body_digest=digest,
             idempotency_key=_idempotency_key(headers),
+            is_retry=headers.get(RETRY_HEADER, "0") != "0",
         )
         patience_s = _patience_s(headers)
         ends_at_s = None if patience_s is None else call.record.started_at_s + patience_s - 1

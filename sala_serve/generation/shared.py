@@ -1,4 +1,9 @@
-"""Answers that are not streamed, each computed once: a client that asks again gets the running one."""
+"""Answers that are not streamed, each computed once: a client that asks again gets the running one.
+
+Only one that asks *again*: with the same ``Idempotency-Key``, or, with the same body, when it says that it is a
+retry or when nobody waits for the running answer any more. Two clients that ask the same at the same time want two
+answers, since the model may give two.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sala_serve.errors import EngineLost, IdempotencyConflict, ShuttingDown
+from sala_serve.errors import EngineLost, IdempotencyConflict, ShuttingDown, TotalTimeout
 from sala_serve.generation.call import Reserved, Whole
 from sala_serve.telemetry import RequestTrace
+from sala_serve.tenants.model import Scopes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,21 +23,27 @@ if TYPE_CHECKING:
     from sala_serve.generation.call import Call, Update
     from sala_serve.generation.life import Generations
     from sala_serve.telemetry import Phase, RequestRecord
+    from sala_serve.tenants.model import Principal
+
+Identity = tuple[str, Scopes, str, str | bytes]
 
 
 @dataclass(frozen=True)
 class Asked:
     """How two requests are known to be the same one."""
 
-    tenant_id: str
+    principal: Principal
     path: str
     body_digest: bytes
     idempotency_key: str | None
+    is_retry: bool = False
+    """Whether the client says that it asks again."""
 
     @property
-    def identity(self) -> tuple[str, str, str | bytes]:
-        """Equal for a request and its retry."""
-        return self.tenant_id, self.path, self.idempotency_key or self.body_digest
+    def identity(self) -> Identity:
+        """Equal for a request and its retry; another key of the tenant must reach as much."""
+        tenant_id, scopes = self.principal.tenant.tenant_id, self.principal.scopes
+        return tenant_id, scopes, self.path, self.idempotency_key or self.body_digest
 
 
 @dataclass
@@ -48,6 +60,17 @@ class _Running:
     """Whether some reader has taken the usage into its record."""
     end: asyncio.TimerHandle | None = None
 
+    def show(self, update: Update) -> None:
+        """Let those who look at the request that began see how far it is."""
+        if (record := self.trace.record) is not None:
+            record.note = update
+            self.copy_to(record)
+
+    def copy_to(self, record: RequestRecord) -> None:
+        """Note in a reader's record where and what was computed."""
+        for name in ("tier", "engine_id", "num_prompt_tokens"):
+            setattr(record, name, getattr(self.record, name))
+
 
 class SharedAnswers:
     """The answers being computed, by who asked for what."""
@@ -55,11 +78,11 @@ class SharedAnswers:
     def __init__(self, generations: Generations, *, retry_grace_s: float) -> None:
         self._generations = generations
         self._retry_grace_s = retry_grace_s
-        self._running: dict[tuple[str, str, str | bytes], _Running] = {}
+        self._running: dict[Identity, list[_Running]] = {}
         self._group: asyncio.TaskGroup | None = None
 
     def __len__(self) -> int:
-        return len(self._running)
+        return sum(map(len, self._running.values()))
 
     async def run(self) -> None:
         """Own the computations; cancel to stop them."""
@@ -89,7 +112,7 @@ class SharedAnswers:
             IdempotencyConflict: the key came before with another body, and that still runs.
             GatewayError: as :meth:`Generations.run`.
         """
-        running = self._running.get(asked.identity)
+        running = self._found(asked)
         if running is None:
             running = self._start(call, asked, note)
         elif running.asked.body_digest != asked.body_digest:
@@ -101,8 +124,16 @@ class SharedAnswers:
             running.end = None
         running.num_readers += 1
         has_left = False
+        limit = asyncio.timeout(call.deadlines.total_s)
         try:
-            whole = await asyncio.shield(running.outcome)
+            async with limit:
+                whole = await asyncio.shield(running.outcome)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TotalTimeout(
+                "The answer was not complete within the deadline of the whole request."
+            ) from None
         except asyncio.CancelledError:
             has_left = True
             raise
@@ -114,6 +145,12 @@ class SharedAnswers:
                 self._end_after(running, grace_s)
         return whole, running.headers
 
+    def _found(self, asked: Asked) -> _Running | None:
+        for running in self._running.get(asked.identity, ()):
+            if asked.idempotency_key is not None or asked.is_retry or not running.num_readers:
+                return running
+        return None
+
     def _start(self, call: Call, asked: Asked, note: Callable[[Update], None]) -> _Running:
         assert self._group is not None
         # a record of its own: the one of the request is reported when its client leaves
@@ -121,7 +158,7 @@ class SharedAnswers:
         record = replace(call.record, trace=trace, phases_s={}, phase=None)
         outcome: asyncio.Future[Whole] = asyncio.get_running_loop().create_future()
         running = _Running(asked, record, trace, note, outcome)
-        self._running[asked.identity] = running
+        self._running.setdefault(asked.identity, []).append(running)
         running.task = self._group.create_task(self._finish(replace(call, record=record), running))
         return running
 
@@ -148,6 +185,7 @@ class SharedAnswers:
         async with aclosing(self._generations.run(call)) as updates:
             async for update in updates:
                 running.note(update)
+                running.show(update)
                 if isinstance(update, Reserved):
                     running.headers = update.headers
                 elif isinstance(update, Whole):
@@ -158,15 +196,13 @@ class SharedAnswers:
 
     def _account(self, running: _Running, record: RequestRecord) -> None:
         """Copy what is known of the computation into a reader's record; its usage counts once."""
-        computed = running.record
         if running.trace.record is record:
             running.trace.record = None
-        for name in ("tier", "engine_id", "num_prompt_tokens"):
-            setattr(record, name, getattr(computed, name))
-        record.phases_s |= computed.phases_s
-        if computed.usage is not None and not running.is_accounted:
+        running.copy_to(record)
+        usage = running.record.usage
+        if usage is not None and not running.is_accounted:
             running.is_accounted = True
-            record.usage = computed.usage
+            record.usage = usage
 
     def _end_after(self, running: _Running, grace_s: float) -> None:
         """Forget the answer, stopping its computation, unless somebody asks again in time."""
@@ -182,18 +218,22 @@ class SharedAnswers:
         running.task.cancel()
 
     def _forget(self, running: _Running) -> None:
-        if self._running.get(running.asked.identity) is running:
-            del self._running[running.asked.identity]
+        identity = running.asked.identity
+        others = [each for each in self._running.get(identity, ()) if each is not running]
+        if others:
+            self._running[identity] = others
+        else:
+            self._running.pop(identity, None)
 
 
 class _WhileWatched(RequestTrace):
-    """Passes phases on to the trace of the request that began, until that is over."""
+    """Passes phases on to the request that began, until that is over."""
 
     def __init__(self, record: RequestRecord) -> None:
         self.record: RequestRecord | None = record
         self.trace_id = record.trace.trace_id
 
     def enter(self, phase: Phase) -> None:
-        """Begin the span of ``phase``."""
+        """Begin ``phase`` there too."""
         if self.record is not None:
-            self.record.trace.enter(phase)
+            self.record.enter(phase)

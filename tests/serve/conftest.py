@@ -56,6 +56,34 @@ class Stack:
         values = [line.split()[-1] for line in text.splitlines() if line.split(" ")[0] == wanted]
         return float(values[0]) if values else 0.0
 
+    async def admitted(self, num_requests: int) -> None:
+        """Wait until so many requests have been counted and wait for their turn or run."""
+        async with asyncio.timeout(20):
+            while True:
+                snapshot = self.gateway.scheduler.snapshot()
+                running = sum(tenant.num_running for tenant in snapshot.tenants)
+                if snapshot.num_queued + running == num_requests:
+                    return
+                await asyncio.sleep(0.01)
+
+    @asynccontextmanager
+    async def busy(self, num_requests: int) -> AsyncIterator[None]:
+        """Send that many chats, each of its own, for the length of the block."""
+        async with asyncio.TaskGroup() as group:
+            tasks = []
+            for index in range(num_requests):
+                body = {
+                    "model": "sala",
+                    "messages": [{"role": "user", "content": f"Busy {index}"}],
+                }
+                tasks.append(group.create_task(self.http.post("/v1/chat/completions", json=body)))
+                await self.admitted(index + 1)
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+
 
 class StartStack(Protocol):
     def __call__(
@@ -100,19 +128,25 @@ async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
                     await asyncio.sleep(0)
 
 
-def settings_of(engine_url: str, **fields: Any) -> Settings:
-    """Settings with one engine, from fields named without their section; ``engine_`` is for the engine's."""
+def settings_of(*engine_urls: str, **fields: Any) -> Settings:
+    """Settings from fields named without their section; those of ``engine_`` are for all engines.
+
+    Where two sections have a field of that name, the section is given as a dictionary.
+    """
     sections: dict[str, Any] = {}
-    engine = {"url": engine_url, "probe_interval_s": 0.02}
+    engine: dict[str, Any] = {"probe_interval_s": 0.02}
     for field, value in fields.items():
         if field.startswith("engine_"):
             engine[field.removeprefix("engine_")] = value
+            continue
+        if field in Settings.model_fields:
+            sections.setdefault(field, {}).update(value)
             continue
         (section,) = {
             path[0] for path, _ in setting_fields() if path[1] == field and path[0] != "engines"
         }
         sections.setdefault(section, {})[field] = value
-    return Settings(**sections, engines=(engine,))
+    return Settings(**sections, engines=[{"url": url, **engine} for url in engine_urls])
 
 
 @asynccontextmanager
@@ -122,7 +156,8 @@ async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> Asy
     engine_url, url = (
         f"http://127.0.0.1:{each.getsockname()[1]}" for each in (engine_listener, listener)
     )
-    gateway = Gateway.create(settings_of(config.pop("engine_url", engine_url), **config))
+    engine_urls = config.pop("engine_urls", None) or [config.pop("engine_url", engine_url)]
+    gateway = Gateway.create(settings_of(*engine_urls, **config))
     async with (
         _serve({engine_listener: engine.app, listener: build_app(gateway)}),
         httpx.AsyncClient(base_url=url, timeout=10, verify=False) as http,

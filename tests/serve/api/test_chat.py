@@ -199,6 +199,7 @@ async def test_two_requests_run_at_the_same_time(start_stack):
     async with start_stack(Behaviour(ttft_s=0.3)) as stack:
         loop = asyncio.get_running_loop()
         started_at_s = loop.time()
-        responses = await asyncio.gather(*(stack.http.post(PATH, json=REQUEST) for _ in range(8)))
+        bodies = [{**REQUEST, "seed": seed} for seed in range(8)]
+        responses = await asyncio.gather(*(stack.http.post(PATH, json=body) for body in bodies))
         assert {response.status_code for response in responses} == {200}
         assert loop.time() - started_at_s < 1.5
