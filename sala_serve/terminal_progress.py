@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-_NOTE = re.compile(r": (queued|prefill)((?: \w+=\d+)*)")
+_NOTE = re.compile(r": (counting|queued|prefill)((?: \w+=\d+)*)")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Note:
     """A comment of the gateway on a stream that has no token yet."""
 
     kind: str
-    """``queued`` or ``prefill``."""
+    """``counting``, ``queued`` or ``prefill``."""
     fields: Mapping[str, int]
 
 
@@ -74,13 +74,14 @@ class WaitingDisplay:
     def show(self, note: Note) -> None:
         """Show ``note`` in place of the one before."""
         fields = note.fields
-        if note.kind == "queued":
+        if note.kind != "prefill":
             if self._task is not None:  # put back into the queue, or on another engine
                 self._progress.stop()
                 self._progress.remove_task(self._task)
                 self._task = None
                 self._plain.start()
-            self._plain.update(self._plain_task, description=_queue_text(fields))
+            text = _queue_text(fields) if note.kind == "queued" else "counting tokens"
+            self._plain.update(self._plain_task, description=text)
             return
         figures = _prefill_text(fields)
         done = fields.get("done_tokens")

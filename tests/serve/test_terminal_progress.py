@@ -31,7 +31,7 @@ def shown(console):
     [
         ("queued", {"place": 3, "ahead_tokens": 1_200_000, "expected_start_s": 41}),
         ("prefill", {"done_tokens": 131_072, "total_tokens": 1_048_576, "cached_tokens": 0}),
-        ("queued", {}),
+        ("counting", {}),
     ],
 )
 def test_note_of_the_gateway_is_understood(name, fields):
@@ -50,6 +50,9 @@ def test_any_other_line_is_no_note(line):
 @pytest.mark.parametrize("console", [True], indirect=True, ids=["terminal"])
 def test_place_then_progress_then_nothing(console):
     with WaitingDisplay(console) as waiting:
+        waiting.show(Note("counting", {}))
+        waiting._plain.refresh()
+        assert "counting tokens" in shown(console)
         waiting.show(
             Note("queued", {"place": 3, "ahead_tokens": 1_200_000, "expected_start_s": 41})
         )
