@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sala_serve.api.generate import generation_routes
+from sala_serve.api.load import watch_load
 from sala_serve.api.openapi import OPENAPI_PATH, openapi_document
 from sala_serve.api.status import status_routes
 from sala_serve.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 def build_app(gateway: Gateway) -> FastAPI:
     """Wire routes, middleware and error answers around the parts of ``gateway``."""
+    watch_load(gateway)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from starlette.types import ASGIApp
+
+    from sala_serve.telemetry import Tracing
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def settings_of(*engine_urls: str, **fields: Any) -> Settings:
 
 
 @asynccontextmanager
-async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> AsyncIterator[Stack]:
+async def _start_stack(
+    behaviour: Behaviour | None = None, *, tracing: Tracing | None = None, **config: Any
+) -> AsyncIterator[Stack]:
     engine = FakeEngine(behaviour)
     engine_listener, listener = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
     engine_url, url = (
@@ -158,6 +162,8 @@ async def _start_stack(behaviour: Behaviour | None = None, **config: Any) -> Asy
     )
     engine_urls = config.pop("engine_urls", None) or [config.pop("engine_url", engine_url)]
     gateway = Gateway.create(settings_of(*engine_urls, **config))
+    if tracing is not None:
+        gateway = replace(gateway, tracing=tracing)
     async with (
         _serve({engine_listener: engine.app, listener: build_app(gateway)}),
         httpx.AsyncClient(base_url=url, timeout=10, verify=False) as http,

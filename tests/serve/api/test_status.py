@@ -80,7 +80,8 @@ async def test_requests_tokens_and_times_are_counted(stack):
     assert await stack.metric(durations, endpoint=PATH) == 2
     ttft = "sala_gateway_time_to_first_token_seconds_count"
     assert await stack.metric(ttft, endpoint=PATH) == 1
-    assert await stack.metric("sala_gateway_engine_up", engine="engine") == 1
+    (engine,) = stack.gateway.pool.engines
+    assert await stack.metric("sala_gateway_engine_up", engine=engine) == 1
 
 
 async def test_running_requests_are_counted(start_stack, eventually):

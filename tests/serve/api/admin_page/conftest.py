@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from sala_serve.serving import GatewayServer, bind
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HINT = "no chromium on PATH (apt-get install chromium): the admin page is NOT tested in a browser"
 
@@ -112,6 +114,7 @@ class Browser:
             deviceScaleFactor=1,
             mobile=False,
         )
+        await self.call("Emulation.setScrollbarsHidden", hidden=True)
         result = await self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(result["data"]))
 
@@ -164,3 +167,21 @@ async def browser(tmp_path):
     """A tab of a headless chromium, skipped loudly where there is none."""
     async with _chromium(tmp_path / "browser") as browser:
         yield browser
+
+
+@asynccontextmanager
+async def _served(app):
+    listener = bind("127.0.0.1", 0)
+    server = GatewayServer(app)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture
+def served():
+    """A function that serves an application for the length of a block, which gets its URL."""
+    return _served

@@ -10,7 +10,6 @@ from starlette.applications import Starlette
 
 from sala_serve.api.admin_page import AdminPage
 from sala_serve.api.admin_page.view import EngineRow, KeyRow, Overview, RequestRow, TenantRow
-from sala_serve.serving import GatewayServer, bind
 
 TOKEN = "an-admin-token-of-24-chars"
 
@@ -58,13 +57,9 @@ def actions():
 
 
 @pytest.fixture
-async def url(actions):
-    listener = bind("127.0.0.1", 0)
-    server = GatewayServer(Starlette(routes=AdminPage(actions, token=TOKEN).routes()))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    await serving
+async def url(actions, served):
+    async with served(Starlette(routes=AdminPage(actions, token=TOKEN).routes())) as url:
+        yield url
 
 
 async def log_in(browser, url):

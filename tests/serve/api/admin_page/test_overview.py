@@ -1,0 +1,105 @@
+"""What the page is filled with: a real gateway at work."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from sala_serve.api.admin_page.overview import GatewayActions
+from sala_serve.engine.fake import Behaviour
+from sala_serve.tenants.model import Limits, Scopes
+
+SLOW = Behaviour(
+    max_model_len=100_000,
+    num_prompt_tokens=None,
+    num_cached_tokens=None,
+    prefill_tokens_per_s=2000,
+    kv_capacity_tokens=200_000,
+)
+LIMITS = Limits(tokens_in_flight=50_000, requests_per_min=60)
+
+
+@asynccontextmanager
+async def busy(start_stack, eventually, *, num_long=1, **config):
+    """A stack whose tenant "acme" has long prompts under way; its store's text of the key, and the clients."""
+    async with start_stack(SLOW, require_keys=True, **config) as stack:
+        store = stack.gateway.keys.store
+        await store.create_tenant(name="Acme", tier="default", limits=LIMITS, tenant_id="acme")
+        key, token = await store.create_key("acme", name="ci", scopes=Scopes())
+        body = {"model": "sala", "prompt": "w " * 20_000, "stream": True, "max_tokens": 5}
+        headers = {"Authorization": f"Bearer {token}"}
+
+        async def ask(number):
+            url = "/v1/completions"
+            ids = {"X-Request-Id": f"long-{number}"}
+            return await stack.http.post(url, json=body, headers=headers | ids, timeout=60)
+
+        async with asyncio.TaskGroup() as group:
+            asking = [group.create_task(ask(number)) for number in range(num_long)]
+            try:
+                await eventually(lambda: len(stack.engine.core.jobs) >= 1)
+                yield stack, key, asking
+            finally:
+                stack.gateway.running.cut_all()
+
+
+async def test_what_waits_has_a_place(start_stack, eventually):
+    config = {"max_long_prefills": 1, "long_prompt_tokens": 10_000}
+    async with busy(start_stack, eventually, num_long=2, **config) as (stack, _, _):
+        actions = GatewayActions(stack.gateway)
+        async with asyncio.timeout(20):
+            while True:
+                view = await actions.overview()
+                if view.queued and view.queued[0].place is not None:
+                    break
+                await asyncio.sleep(0.02)
+        (waiting,) = view.queued
+        assert waiting.place == 1
+        assert waiting.num_prompt_tokens == 20_000
+        assert view.queued_tokens == 20_000
+        assert view.tenants[0].num_queued == 1
+
+
+async def test_cancel_ends_the_request_and_frees_the_engine(start_stack, eventually):
+    async with busy(start_stack, eventually) as (stack, _, asking):
+        actions = GatewayActions(stack.gateway)
+        assert await actions.cancel_request("long-0")
+        text = (await asking[0]).text
+        assert "cancelled by the operator" in text
+        await eventually(lambda: not stack.engine.core.jobs)
+        assert not await actions.cancel_request("long-0")
+
+
+async def test_revoked_key_does_not_work_any_more(start_stack, eventually):
+    async with busy(start_stack, eventually, key_cache_s=0.01) as (stack, key, _):
+        actions = GatewayActions(stack.gateway)
+        assert not await actions.revoke_key("nosuchkey")
+        assert await actions.revoke_key(key.key_id)
+        (tenant,) = (await actions.overview()).tenants
+        assert [(each.state, each.can_revoke) for each in tenant.keys] == [("revoked", False)]
+
+
+async def test_state_that_is_away_leaves_the_rest_of_the_page(
+    start_stack, redis_server, eventually
+):
+    async with start_stack(url=redis_server.url) as stack:
+        redis_server.stop()
+        try:
+            await eventually(lambda: not stack.gateway.state.is_available)
+            view = await GatewayActions(stack.gateway).overview()
+        finally:
+            redis_server.start()
+    assert view.tenants is None
+    assert [each.state for each in view.engines] == ["ready"]
+
+
+async def test_scrape_shows_the_load(start_stack, eventually):
+    async with busy(start_stack, eventually) as (stack, _, _):
+        (engine,) = stack.gateway.pool.engines
+        labels = {"engine": engine}
+        assert await stack.metric("sala_gateway_engine_up", **labels) == 1
+        assert await stack.metric("sala_gateway_engine_stuck", **labels) == 0
+        in_prefill = {**labels, "phase": "prefilling"}
+        assert await stack.metric("sala_gateway_engine_requests", **in_prefill) == 1
+        assert 0 < await stack.metric("sala_gateway_engine_prefill_tokens_left", **labels) <= 20_000
+        assert await stack.metric("sala_gateway_service_gap_bound_tokens") > 0
