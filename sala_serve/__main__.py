@@ -84,7 +84,7 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
             # the engine's own; without one vLLM counts, or refuses to start
             tokens={"tokenizer": model} if (model / "tokenizer.json").exists() else {},
         )
-        listener = bind(settings.server.host, settings.server.port)
+        listeners = _bind(settings)
         gateway = Gateway.create(settings)
         engine_options = EngineOptions(
             model=model,
@@ -102,7 +102,7 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
             print_line=lambda line: print(f"engine | {line}", file=sys.stderr, flush=True),  # noqa: T201
             clock=time.monotonic,
         )
-        return _serve(gateway, listener, supervisor)
+        return _serve(gateway, listeners, supervisor)
 
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
@@ -115,8 +115,8 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 def _gateway(options: argparse.Namespace) -> int:
     named = {"engines": [{"url": options.engine_url}]} if options.engine_url else {}
     settings = _settings(options, **named)
-    listener = bind(settings.server.host, settings.server.port)
-    return _serve(Gateway.create(settings), listener, None)
+    listeners = _bind(settings)
+    return _serve(Gateway.create(settings), listeners, None)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -145,20 +145,38 @@ def _settings(options: argparse.Namespace, **named: Any) -> Settings:
     return settings
 
 
-def _serve(gateway: Gateway, listener: socket.socket, supervisor: EngineSupervisor | None) -> int:
+def _bind(settings: Settings) -> tuple[socket.socket, socket.socket | None]:
+    """Bind the gateway's port, and the admin port if there is one."""
+    admin = settings.admin
+    return (
+        bind(settings.server.host, settings.server.port),
+        None if admin.token is None else bind(admin.host, admin.port),
+    )
+
+
+def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _serve(
+    gateway: Gateway,
+    listeners: tuple[socket.socket, socket.socket | None],
+    supervisor: EngineSupervisor | None,
+) -> int:
+    listener, admin_listener = listeners
+    url = _url(listener)
     # a request has two sockets; at the usual 1024 the gateway could not even ask whether the engine lives
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     logger.info("listening on %s, settings %s", url, gateway.settings.masked())
+    if admin_listener is not None:
+        logger.info("admin API on %s", _url(admin_listener))
     started_at_s = gateway.clock()
 
     def announce() -> None:
-        model = gateway.monitor.status.models[0]
-        key = (
-            ' \\\n  -H "Authorization: Bearer $API_KEY"' if gateway.settings.server.api_keys else ""
-        )
+        model = gateway.pool.models()[0]
+        key = ' \\\n  -H "Authorization: Bearer $API_KEY"' if gateway.keys.asks_for_keys else ""
         body = json.dumps({"model": model.name, "messages": [{"role": "user", "content": "Hello"}]})
         print(  # noqa: T201
             f"Ready after {gateway.clock() - started_at_s:.0f} s: {model.name}, "
@@ -171,7 +189,14 @@ def _serve(gateway: Gateway, listener: socket.socket, supervisor: EngineSupervis
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(gateway, listener, supervisor=supervisor, on_ready=announce))
+            serving = serve(
+                gateway,
+                listener,
+                supervisor=supervisor,
+                on_ready=announce,
+                admin_listener=admin_listener,
+            )
+            runner.run(serving)
     except EngineStartFailed as error:
         causes = "\n".join(f"  {cause}" for cause in error.causes)
         _print_error(f"{error}. Its last errors (all of its log is above):\n{causes}")

@@ -59,7 +59,7 @@ def build_app(gateway: Gateway) -> FastAPI:
             RecordMiddleware,
             metrics=gateway.metrics,
             tracing=gateway.tracing,
-            endpoints=[route.path for route in app.routes if isinstance(route, Route)],
+            routes=[route for route in app.routes if isinstance(route, Route)],
             clock=gateway.clock,
         ),
         Middleware(AuthMiddleware, keys=gateway.keys),

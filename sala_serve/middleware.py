@@ -12,11 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from sala_serve.errors import GatewayError, InternalError
 from sala_serve.telemetry import RequestRecord
 from sala_serve.telemetry.report import report
-from sala_serve.tenants.model import Principal
+from sala_serve.tenants.model import Principal, check_scopes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Sequence
 
+    from starlette.routing import Route
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from sala_serve.telemetry import Metrics, Tracing
@@ -48,13 +49,16 @@ class RecordMiddleware:
         *,
         metrics: Metrics,
         tracing: Tracing,
-        endpoints: Collection[str],
+        routes: Sequence[Route],
         clock: Callable[[], float],
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._tracing = tracing
-        self._endpoints = frozenset(endpoints)
+        self._endpoints = frozenset(route.path for route in routes)
+        self._patterns = [
+            (route.path_regex, route.path_format) for route in routes if route.param_convertors
+        ]
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +70,7 @@ class RecordMiddleware:
         given_id = headers.get(REQUEST_ID_HEADER, "")
         record = RequestRecord(
             given_id if _HARMLESS_ID.fullmatch(given_id) else uuid.uuid4().hex,
-            scope["path"] if scope["path"] in self._endpoints else "other",
+            self._endpoint(scope["path"]),
             started_at_s=self._clock(),
             clock=self._clock,
         )
@@ -97,9 +101,18 @@ class RecordMiddleware:
         finally:
             report(record, self._metrics)
 
+    def _endpoint(self, path: str) -> str:
+        """Return the path of the route, of which there are few, unlike of ids in paths."""
+        if path in self._endpoints:
+            return path
+        return next((name for regex, name in self._patterns if regex.match(path)), "other")
+
 
 class AuthMiddleware:
-    """Find out on whose behalf each request under ``/v1`` runs; other paths are open."""
+    """Find out on whose behalf each request under ``/v1`` runs, and whether its key goes there.
+
+    Other paths are open.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: KeyRing) -> None:
         self._app = app
@@ -112,13 +125,20 @@ class AuthMiddleware:
             given = token.strip() if scheme.lower() == "bearer" else ""
             try:
                 principal = await self._keys.authenticate(given or None)
+                record = RequestRecord.of(scope)
+                record.tenant_id, record.key_id = principal.tenant.tenant_id, principal.key_id
+                _check_endpoint(principal, scope["path"])
             except GatewayError as error:
                 await send_error(error, scope, receive, send)
                 return
             scope[_PRINCIPAL_KEY] = principal
-            record = RequestRecord.of(scope)
-            record.tenant_id, record.key_id = principal.tenant.tenant_id, principal.key_id
         await self._app(scope, receive, send)
+
+
+def _check_endpoint(principal: Principal, path: str) -> None:
+    """Raise :class:`PermissionDenied` unless the key reaches ``path``, or a path above it."""
+    above = (each for each in principal.scopes.endpoints or () if path.startswith(f"{each}/"))
+    check_scopes(principal, endpoint=next(above, path))
 
 
 def principal_of(scope: Scope) -> Principal:

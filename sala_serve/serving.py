@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from sala_serve.api.admin import build_admin_app
 from sala_serve.app import build_app
 from sala_serve.config import ConfigError
 from sala_serve.engine.supervisor import EngineStartFailed
@@ -122,12 +123,14 @@ async def serve(
     *,
     supervisor: EngineSupervisor | None,
     on_ready: Callable[[], None],
+    admin_listener: socket.socket | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the running requests.
 
     Args:
         gateway: the gateway to serve.
         listener: a bound socket, which is closed at the end.
+        admin_listener: another one, for the admin port.
         supervisor: runs the engine, if it is ours to run.
         on_ready: called once, when the engine is ready for the first time.
 
@@ -136,7 +139,9 @@ async def serve(
     """
     stop = asyncio.Event()
     start_failure: list[EngineStartFailed] = []
-    server = GatewayServer(build_app(gateway))
+    servers = [(GatewayServer(build_app(gateway)), listener)]
+    if admin_listener is not None:
+        servers.append((GatewayServer(build_admin_app(gateway)), admin_listener))
 
     def on_signal() -> None:
         if stop.is_set():
@@ -144,7 +149,7 @@ async def serve(
         stop.set()
 
     async def announce() -> None:
-        await gateway.monitor.wait_ready()
+        await gateway.pool.wait_ready()
         on_ready()
 
     async def run_engine(supervisor: EngineSupervisor) -> None:
@@ -159,14 +164,16 @@ async def serve(
         loop.add_signal_handler(signal_number, on_signal)
     try:
         async with asyncio.TaskGroup() as group:
-            serving = group.create_task(server.serve(sockets=[listener]))
+            serving = [group.create_task(server.serve(sockets=[each])) for server, each in servers]
             announcing = group.create_task(announce())
             engine = supervisor and group.create_task(run_engine(supervisor))
             await stop.wait()
             announcing.cancel()
             await _drain(gateway)
-            server.should_exit = True
-            await serving
+            # also the admin port, on which the drain could be watched
+            for (server, _), task in zip(servers, serving, strict=True):
+                server.should_exit = True
+                await task
             if engine:
                 engine.cancel()
     finally:

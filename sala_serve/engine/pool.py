@@ -94,6 +94,10 @@ class Engine:
         """Tokens that running requests hold; None: not known."""
         return self.look.kv_used_tokens
 
+    def note_unreachable(self) -> None:
+        """Take it out until the next good probe; for who could not connect."""
+        self.monitor.engine_exited("the connection is refused")
+
     async def run(self) -> None:
         """Watch the engine; cancel to stop."""
         await self.monitor.run()

@@ -49,6 +49,8 @@ LOOK_INTERVAL_S = 0.4
 """Between two looks at how far the engine is."""
 ASSUMED_OUTPUT_TOKENS = 1024
 """Of each choice, where the client sets no bound."""
+MAX_TRIES = 3
+"""Engines that one request is sent to, each of which had not begun with it."""
 REQUEST_ID_HEADER = "X-Request-Id"
 
 
@@ -152,9 +154,7 @@ class _Life:
         parts._pool.require_ready()
         model = parts._pool.require_model(generation.model)
         tier = self._tier()
-        check_scopes(
-            call.principal, model=model.name, endpoint=call.path, tier=generation.service_tier
-        )
+        check_scopes(call.principal, model=model.name, tier=generation.service_tier)
         if call.path == "/v1/chat/completions":
             prompts = [await parts._counter.count_chat(generation.document)]
         else:
@@ -211,14 +211,20 @@ class _Life:
                     return
                 except _GiveWay:
                     meter.progress = None
-                except (EngineUnavailable, EngineLost) as error:
-                    is_unreached = isinstance(error, EngineUnavailable)
-                    if not is_unreached and meter.has_started:
+                except (EngineUnavailable, EngineLost, EngineStuck) as error:
+                    if isinstance(error, EngineUnavailable):
+                        turn.engine.note_unreachable()
+                    elif meter.has_started:
                         raise
-                    others = set(self._parts._pool.ready(work.model)) - {turn.engine}
-                    if not others or num_tries > len(others):
+                    others = [
+                        engine
+                        for engine in self._parts._pool.ready(work.model)
+                        if engine is not turn.engine
+                    ]
+                    if not others or num_tries >= MAX_TRIES:
                         raise
                     num_tries += 1
+                    meter.progress = None
                     logger.warning("%s goes to another engine: %s", work.request_id, error.code)
 
     async def _dispatch(self, turn: Turn[Engine], meter: Meter) -> None:

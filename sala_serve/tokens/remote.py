@@ -88,16 +88,19 @@ class EngineTokenCounter:
     ) -> Prompt:
         model = document.get("model")
         engines = self._pool.ready(model) or self._pool.ready()
-        if not engines:
-            raise EngineUnavailable("No engine is ready to count this prompt.")
         if model is not None:
             body["model"] = model
         raw = await asyncio.to_thread(lambda: json.dumps(body).encode())
-        async with engines[0].client.post(
-            "/tokenize", raw, headers={}, prompt_field=prompt_field
-        ) as reply:
-            answer = await reply.read()
-        return await asyncio.to_thread(_read_answer, answer)
+        for engine in engines:
+            try:
+                async with engine.client.post(
+                    "/tokenize", raw, headers={}, prompt_field=prompt_field
+                ) as reply:
+                    answer = await reply.read()
+                return await asyncio.to_thread(_read_answer, answer)
+            except EngineUnavailable:
+                engine.note_unreachable()
+        raise EngineUnavailable("No engine is ready to count this prompt.")
 
 
 class CheckedTokenCounter:

@@ -100,6 +100,68 @@ async def test_sigterm_lets_running_streams_finish_and_admits_no_more(behind_gat
         assert await it.exit_status() == 0
 
 
+async def test_drain_hands_back_what_waits_and_says_how_long_the_rest_takes(
+    behind_gateway, eventually
+):
+    variables = {
+        "SALA_SERVE_SCHEDULING__LONG_PROMPT_TOKENS": "50",
+        "SALA_SERVE_SERVER__PROGRESS_INTERVAL_S": "0.1",
+        "SALA_SERVE_SERVER__HOLD_STATUS_S": "0",
+    }
+    async with behind_gateway(**variables) as (engine, it, http), asyncio.TaskGroup() as group:
+        engine.behaviour.num_prompt_tokens, engine.behaviour.num_cached_tokens = 100, 0
+        engine.behaviour.ttft_s, engine.behaviour.num_tokens = 1.5, 3
+        running = group.create_task(http.post(PATH, json={**REQUEST, "stream": False}))
+        await eventually(lambda: engine.journal.num_running == 1)
+        streamed = group.create_task(http.post(PATH, json=REQUEST))
+        whole = group.create_task(http.post(PATH, json={**REQUEST, "stream": False}))
+        await asyncio.sleep(0.4)
+        it.kill(signal.SIGTERM)
+        refused = await whole
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["Retry-After"]) > 0
+        text = (await streamed).text
+        assert ": queued place=1" in text
+        error = json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+        assert error["code"] == "shutting_down"
+        draining = (await http.get("/readyz")).json()["draining"]
+        assert draining["num_requests"] == 1
+        assert (await running).status_code == 200
+        assert await it.exit_status() == 0
+        assert engine.journal.num_aborted == 0
+        assert len(engine.journal.bodies) == 1
+        assert re.search(r"draining: \d requests run, about \d+ s of work remain", it.err)
+
+
+async def test_admin_port_is_there_with_a_token_and_outlives_the_drain(behind_gateway, eventually):
+    token = "a token of the tests"
+    variables = {"SALA_SERVE_ADMIN__TOKEN": token, "SALA_SERVE_ADMIN__PORT": "0"}
+    async with behind_gateway(**variables) as (engine, it, http):
+        engine.behaviour.ttft_s = 1.0
+        (url,) = re.findall(r"admin API on (http://\S+)", it.err)
+        admin = httpx.AsyncClient(
+            base_url=url, headers={"Authorization": f"Bearer {token}"}, verify=False
+        )
+        async with admin, asyncio.TaskGroup() as group:
+            created = await admin.post("/admin/v1/tenants", json={"id": "acme", "name": "Acme"})
+            assert created.status_code == 201, created.text
+            key = await admin.post("/admin/v1/tenants/acme/keys", json={"name": "one"})
+            bearer = {"Authorization": f"Bearer {key.json()['key']}"}
+            # where keys can be made, one is asked for
+            assert (await http.get("/v1/models")).status_code == 401
+            assert (await http.get("/v1/models", headers=bearer)).status_code == 200
+            assert (await http.get(f"{url}/admin/v1/tenants")).status_code == 401
+            assert (await http.get("/admin/v1/tenants", headers=admin.headers)).status_code == 404
+            asked = group.create_task(http.post(PATH, json=REQUEST, headers=bearer))
+            await eventually(lambda: engine.journal.num_running == 1)
+            it.kill(signal.SIGTERM)
+            (request,) = (await admin.get("/admin/v1/requests")).json()["data"]
+            assert request["tenant_id"] == "acme"
+            assert (await asked).status_code == 200
+        assert await it.exit_status() == 0
+        assert token not in it.err
+
+
 async def test_requests_that_outlast_the_drain_end_with_an_error(behind_gateway):
     async with behind_gateway(SALA_SERVE_DRAIN_TIMEOUT_S="0.5") as (engine, it, http):
         engine.behaviour.num_tokens, engine.behaviour.itl_s = 1000, 0.05

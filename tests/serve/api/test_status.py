@@ -112,4 +112,5 @@ async def test_clients_cannot_make_series_of_metrics(stack):
         await stack.http.get(f"/v1/models/{name}")
         await stack.http.request("OPTIONS", f"/v1/models/{name}")
     text = (await stack.http.get("/metrics")).text
-    assert set(re.findall(r'endpoint="([^"]*)"', text)) == {PATH, "other", "/metrics"}
+    expected = {PATH, "/v1/models/{name}", "other", "/metrics"}
+    assert set(re.findall(r'endpoint="([^"]*)"', text)) == expected
