@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from sala_serve.scheduling.queue import FairQueue, Tenant
     from sala_serve.scheduling.settings import SchedulingSettings
 
-MAX_LOOKED_AT = 16
-"""Short, and long, requests of one tenant that are looked at for one that can start."""
+MAX_PASSED = 16
+"""Short, and long, requests of one tenant that cannot start and are passed for one that can."""
 
 
 class Chooser:
@@ -47,9 +47,8 @@ class Chooser:
         else:
             choice = self._fairest()
         if choice is not None:
-            job, placement = choice
-            self._pins.set(job.work.tenant_id, job.work.pin_key, placement.ledger.engine.engine_id)
-            self.forget(job)
+            self._pin(*choice)
+            self.forget(choice[0])
         return choice
 
     def forget(self, job: Job) -> None:
@@ -72,8 +71,17 @@ class Chooser:
             tenant, ledger, settings.give_way_tokens, (Blocked.AHEAD, Blocked.LONG)
         )
 
+    def _pin(self, job: Job, placement: Placement) -> None:
+        work = job.work
+        ready = {ledger.engine.engine_id for ledger in self._ready(work.model)}
+        engine_id = self._pins.get(work.tenant_id, work.pin_key)
+        if engine_id not in ready:
+            # one that had too much to do stays the pinned one
+            engine_id = placement.ledger.engine.engine_id
+        self._pins.set(work.tenant_id, work.pin_key, engine_id)
+
     def _oldest(self) -> tuple[Job, Placement] | None:
-        job = self._queue.by_arrival()[0]
+        job = self._queue.oldest()
         placement = self._place(job, self._queue.tenants[job.work.tenant_id])
         return None if placement is None or placement.blocked else (job, placement)
 
@@ -81,28 +89,32 @@ class Chooser:
         now_s = self._clock()
         lowest: float | None = None
         choices: list[tuple[Job, Placement]] = []
+        full = _FullLanes(self._ready)
         for tenant in self._queue.by_account():
             work = tenant.account.work
             if lowest is not None and work > lowest + self._settings.lead_tokens:
                 break
-            choice = self._first_startable(tenant, now_s)
+            choice = self._first_startable(tenant, full, now_s)
             if choice is not None:
                 lowest = work if lowest is None else lowest
                 choices.append(choice)
         return min(choices, key=lambda c: self._queue.urgency(c[0], now_s), default=None)
 
-    def _first_startable(self, tenant: Tenant, now_s: float) -> tuple[Job, Placement] | None:
-        num_looked_at = {True: 0, False: 0}
+    def _first_startable(
+        self, tenant: Tenant, full: _FullLanes, now_s: float
+    ) -> tuple[Job, Placement] | None:
+        num_passed = {True: 0, False: 0}
         for job in self._queue.by_urgency(tenant, now_s):
             is_long = self._is_long(job.uncached_tokens)
-            if num_looked_at[is_long] >= MAX_LOOKED_AT:
+            if num_passed[is_long] >= MAX_PASSED or full.is_closed(is_long, job.work.model):
                 continue
             placement = self._place(job, tenant)
             if placement is None:
                 continue
             if placement.blocked is None:
                 return job, placement
-            num_looked_at[is_long] += placement.blocked is not Blocked.PREFIX
+            full.note(is_long, placement)
+            num_passed[is_long] += placement.blocked is not Blocked.PREFIX
             is_kept_out = placement.blocked is Blocked.MEMORY and self._queue.is_overdue(job, now_s)
             if is_kept_out and self._reservation is None:
                 self._reservation = Reservation(placement.ledger, job)
@@ -157,3 +169,24 @@ class Chooser:
 
     def _is_long(self, uncached_tokens: int) -> bool:
         return uncached_tokens > self._settings.long_prompt_tokens
+
+
+class _FullLanes:
+    """Engines that take no more short, or long, prompts at the moment: the first to find out saves others the look."""
+
+    def __init__(self, ready: Callable[[str], list[EngineLedger]]) -> None:
+        self._ready = ready
+        self._full: tuple[set[str], set[str]] = set(), set()
+        self._closed: dict[tuple[bool, str], bool] = {}
+
+    def note(self, is_long: bool, placement: Placement) -> None:
+        if placement.blocked in (Blocked.SLOTS, Blocked.LONG, Blocked.AHEAD):
+            self._full[is_long].add(placement.ledger.engine.engine_id)
+            self._closed.clear()
+
+    def is_closed(self, is_long: bool, model: str) -> bool:
+        closed = self._closed.get((is_long, model))
+        if closed is None:
+            engine_ids = {ledger.engine.engine_id for ledger in self._ready(model)}
+            closed = self._closed[is_long, model] = engine_ids <= self._full[is_long]
+        return closed

@@ -10,6 +10,7 @@ than a million-token prompt, which nevertheless gets ahead of all that has waite
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sala_serve.scheduling.settings import SchedulingSettings
     from sala_serve.scheduling.work import Waiting
 
+ORDER_S = 0.5
+"""For which an order by urgency is good."""
 MIN_LENGTH_TOKENS = 512
 """Shorter prompts are as urgent as ones of this length: what they cost is not their prefill."""
 
@@ -34,12 +37,11 @@ class Tenant:
     tenant_id: str
     account: Account
     waiting: list[Job] = field(default_factory=list)
+    """By urgency, as it was a moment ago."""
     running: list[Job] = field(default_factory=list)
-
-    @property
-    def queued_tokens(self) -> int:
-        """Prompt tokens that wait."""
-        return sum(job.work.prompt.num_tokens for job in self.waiting)
+    queued_tokens: int = 0
+    """Prompt tokens that wait."""
+    ordered_at_s: float = float("-inf")
 
 
 class FairQueue:
@@ -83,7 +85,7 @@ class FairQueue:
             headers=wait_headers(told.expected_start_s, place=told.place),
         )
 
-    def add(self, job: Job) -> bool:
+    def add(self, job: Job, now_s: float) -> bool:
         """Let a request wait; returns whether its tenant has just begun to."""
         work = job.work
         tenant = self.tenants.get(work.tenant_id)
@@ -91,8 +93,9 @@ class FairQueue:
             account = self.shares.account(work.tenant_id, work.tier.weight)
             tenant = self.tenants[work.tenant_id] = Tenant(work.tenant_id, account)
         tenant.account.weight = work.tier.weight
-        tenant.waiting.append(job)
+        insort(tenant.waiting, job, key=lambda each: self.urgency(each, now_s))
         self.num_queued += 1
+        tenant.queued_tokens += work.prompt.num_tokens
         self.queued_tokens += work.prompt.num_tokens
         return self.update(tenant)
 
@@ -129,11 +132,18 @@ class FairQueue:
 
     def by_urgency(self, tenant: Tenant, now_s: float) -> list[Job]:
         """Return a tenant's waiting requests, the most urgent first."""
-        return sorted(tenant.waiting, key=lambda job: self.urgency(job, now_s))
+        if now_s - tenant.ordered_at_s > ORDER_S:
+            tenant.waiting.sort(key=lambda job: self.urgency(job, now_s))
+            tenant.ordered_at_s = now_s
+        return tenant.waiting
 
     def by_arrival(self) -> list[Job]:
         """Return all waiting requests, the oldest first."""
         return sorted(self.waiting(), key=lambda job: job.work.arrived_at_s)
+
+    def oldest(self) -> Job:
+        """Return the one that waits longest."""
+        return min(self.waiting(), key=lambda job: job.work.arrived_at_s)
 
     def waiting(self) -> Iterator[Job]:
         """Yield all waiting requests."""
@@ -159,4 +169,5 @@ class FairQueue:
     def _remove_waiting(self, tenant: Tenant, job: Job) -> None:
         tenant.waiting.remove(job)
         self.num_queued -= 1
+        tenant.queued_tokens -= job.work.prompt.num_tokens
         self.queued_tokens -= job.work.prompt.num_tokens

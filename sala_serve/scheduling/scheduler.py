@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 REPORT_S = 1.0
 """Between two words to a waiting caller."""
 LENGTH_CLASSES = 16
+LOOK_S = 0.5
+"""Between two looks at what can start, where nothing is known to have changed."""
 FORECAST_S = 0.5
 """For which a forecast is good."""
 
@@ -99,7 +101,7 @@ class Scheduler(Generic[AnyEngine]):
         self._gave_way: weakref.WeakSet[Work] = weakref.WeakSet()
         self._num_gave_way = 0
         self._plan: dict[Job, Waiting] = {}
-        self._planned_at_s = float("-inf")
+        self._planned_at_s = self._looked_at_s = float("-inf")
         self._largest_output_tokens = 0
         self._most_running = 1
 
@@ -145,8 +147,7 @@ class Scheduler(Generic[AnyEngine]):
                 f"The prompt has {num_tokens} tokens; the engine's memory holds {largest:.0f}, answer included."
             )
         job = self._job(work)
-        self._plan = {}
-        if self._queue.add(job):
+        if self._queue.add(job, self._clock()):
             self._joined(work.tenant_id)
         self._start_what_can()
         # what can start needs no room, and one that gave way has it already
@@ -176,7 +177,9 @@ class Scheduler(Generic[AnyEngine]):
                 async with asyncio.timeout(min(REPORT_S, left_s)):
                     await job.has_started.wait()
             except TimeoutError:
-                self._start_what_can()
+                # nothing has happened, but an engine may have come back; one of all that wait looks
+                if self._clock() - self._looked_at_s >= LOOK_S:
+                    self._start_what_can()
         self._gave_way.discard(work)
         return job.placement
 
@@ -252,6 +255,7 @@ class Scheduler(Generic[AnyEngine]):
     # the books
 
     def _start_what_can(self) -> None:
+        self._looked_at_s = self._clock()
         for ledger in self._ledgers.values():
             if ledger.check_restart():
                 for job in self._queue.waiting():
@@ -266,7 +270,7 @@ class Scheduler(Generic[AnyEngine]):
         ledger, work, now_s = placement.ledger, job.work, self._clock()
         job.engine_id = ledger.engine.engine_id
         job.uncached_tokens = work.prompt.num_tokens - placement.cached_tokens
-        job.is_long = job.uncached_tokens > self._settings.long_prompt_tokens
+        job.is_long = self._is_long(job)
         job.kv_tokens = ledger.kv_need_tokens(job)
         self._queue.start(job)
         tenant = self._queue.tenants[work.tenant_id]
@@ -276,7 +280,7 @@ class Scheduler(Generic[AnyEngine]):
             ledger.besides.append(Beside(job, tenant.account))
         self._charge(job, ledger)
         self._most_running = max(self._most_running, len(tenant.running))
-        self._plan = {}
+        self._plan.pop(job, None)
         job.placement = placement
         job.has_started.set()
 
@@ -348,10 +352,21 @@ class Scheduler(Generic[AnyEngine]):
     # what others are told
 
     def _told(self, job: Job) -> Waiting:
-        is_old = self._clock() - self._planned_at_s > FORECAST_S
-        if is_old or job not in self._plan:
+        if self._clock() - self._planned_at_s > FORECAST_S:
             self._plan, self._planned_at_s = self._forecasts(), self._clock()
+        if job not in self._plan:
+            # one that has just come is behind its tenant's others of its kind; where there are none, it is all new
+            for other in reversed(self._queue.tenants[job.work.tenant_id].waiting):
+                told = self._plan.get(other)
+                if told is not None and self._is_long(other) is self._is_long(job):
+                    self._plan[job] = told.behind(other.uncached_tokens, job.uncached_tokens)
+                    break
+            else:
+                self._plan, self._planned_at_s = self._forecasts(), self._clock()
         return self._plan[job]
+
+    def _is_long(self, job: Job) -> bool:
+        return job.uncached_tokens > self._settings.long_prompt_tokens
 
     def _forecasts(self, extra: Job | None = None) -> dict[Job, Waiting]:
         """Play forward what waits, and ``extra`` as if it waited too."""

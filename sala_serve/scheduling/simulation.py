@@ -2,63 +2,21 @@
 
 It computes what vLLM with our scheduler would: chunks of prompts and one token of each answer in steps, long
 prefills in small chunks while short requests are about, states kept for reuse at the same places. How long a step
-takes comes from measured times to first token. Everything runs in :class:`VirtualTimeLoop`, an event loop whose
-clock jumps to the next event, so the scheduler is the one of production, and its waits too.
+takes comes from measured times to first token.
 """
 
 from __future__ import annotations
 
 import asyncio
-import selectors
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from sala_serve.tokens.prompt import PREFIX_BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
-
-    from sala_serve.scheduling.scheduler import Scheduler
-    from sala_serve.scheduling.work import Waiting, Work
-
-T = TypeVar("T")
-
-POLL_S = 0.5
-"""Between two looks at an engine's progress."""
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Never sleeps: when nothing is ready, its clock jumps to the next timer."""
-
-    def __init__(self) -> None:
-        self._selector_of_time = _JumpingSelector(self)
-        self.now_s = 0.0
-        super().__init__(self._selector_of_time)
-
-    def time(self) -> float:
-        """Return virtual seconds."""
-        return self.now_s
-
-
-class _JumpingSelector(selectors.DefaultSelector):
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise RuntimeError("everything waits and no timer is set")
-        self._loop.now_s += max(timeout, 0.0)
-        return super().select(0)
-
-
-def run_virtual(main: Callable[[Callable[[], float]], Coroutine[Any, Any, T]]) -> T:
-    """Run ``main(clock)`` in virtual time."""
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        loop = runner.get_loop()
-        return runner.run(main(loop.time))
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -343,68 +301,3 @@ class SimulatedPool:
     def ready(self, model: str | None = None) -> list[SimulatedEngine]:
         """Return those that are up; all serve every model."""
         return [engine for engine in self.engines.values() if engine.is_ready]
-
-
-@dataclass
-class Outcome:
-    """What a request met."""
-
-    work: Work
-    told: list[tuple[float, Waiting]] = field(default_factory=list)
-    """What it was told while it waited, and when."""
-    started_at_s: float | None = None
-    first_token_at_s: float | None = None
-    ended_at_s: float | None = None
-    predicted_cached_tokens: int = 0
-    cached_tokens: int = 0
-    num_gave_way: int = 0
-
-    @property
-    def ttft_s(self) -> float:
-        """Arrival to first token."""
-        assert self.first_token_at_s is not None
-        return self.first_token_at_s - self.work.arrived_at_s
-
-
-async def serve(
-    scheduler: Scheduler[SimulatedEngine],
-    outcome: Outcome,
-    output_tokens: int,
-    clock: Callable[[], float],
-    request_overhead_s: float = 0.0,
-) -> Outcome:
-    """Do with a request what the gateway does: wait for its turn, send it, report how it goes."""
-    work = outcome.work
-    await asyncio.sleep(request_overhead_s)
-    while True:
-        async with scheduler.turn(
-            work, lambda waiting: outcome.told.append((clock(), waiting))
-        ) as turn:
-            if outcome.started_at_s is None:
-                outcome.started_at_s = clock()
-                outcome.predicted_cached_tokens = turn.predicted_cached_tokens
-            engine = turn.engine
-            prompt = SimulatedPrompt(work.prompt.num_tokens, work.prompt.block_hashes)
-            request = engine.submit(work.request_id, prompt, turn.cache_salt, output_tokens)
-            try:
-                for event in (request.has_first_token, request.is_done):
-                    while not event.is_set() and not turn.must_give_way:
-                        try:
-                            async with asyncio.timeout(POLL_S):
-                                await event.wait()
-                        except TimeoutError:
-                            turn.prefill_progress(request)
-                    if turn.must_give_way:
-                        break
-                    if outcome.first_token_at_s is None:
-                        outcome.first_token_at_s = clock()
-                        turn.first_token()
-            finally:
-                engine.close(work.request_id)
-            if turn.must_give_way:
-                outcome.num_gave_way += 1
-                continue
-            turn.finished(request.usage)
-            outcome.ended_at_s = clock()
-            outcome.cached_tokens = request.num_cached_tokens
-            return outcome

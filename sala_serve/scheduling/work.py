@@ -159,3 +159,23 @@ class Waiting:
     """Uncached prompt tokens that are expected to be computed before it starts."""
     expected_start_s: float | None
     expected_first_token_s: float | None
+
+    def behind(self, ahead_tokens: int, own_tokens: int) -> Waiting:
+        """Return what one may be told who waits right behind this one.
+
+        Args:
+            ahead_tokens: that this one computes.
+            own_tokens: that the one behind computes.
+        """
+        start_s = first_token_s = None
+        if self.expected_start_s is not None and self.expected_first_token_s is not None:
+            prefill_s = self.expected_first_token_s - self.expected_start_s
+            start_s = self.expected_first_token_s
+            first_token_s = start_s + prefill_s * own_tokens / max(ahead_tokens, 1)
+        return Waiting(
+            self.place + 1,
+            self.num_ahead + 1,
+            self.tokens_ahead + ahead_tokens,
+            start_s,
+            first_token_s,
+        )
