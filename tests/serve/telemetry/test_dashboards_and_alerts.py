@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sala_serve.telemetry import METRICS
+
+if "CI" in os.environ:
+    import promql_parser
+else:
+    promql_parser = pytest.importorskip("promql_parser", reason="run make install")
 
 ROOT = Path(__file__).parents[3]
 DASHBOARD = json.loads((ROOT / "helm/dashboards/sala-serve.json").read_text(encoding="utf-8"))
@@ -18,6 +26,7 @@ RULES = [
     for group in yaml.safe_load((ROOT / "helm/alerts/sala-serve.yaml").read_text())["groups"]
     for rule in group["rules"]
 ]
+ALERTS_TEST = Path(__file__).parent / "alerts.test.yaml"
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 SPECS = {spec.full_name: spec for spec in METRICS}
 SUFFIXES = {
@@ -87,12 +96,41 @@ def test_expression_asks_for_what_exists(expression):
     assert problems(expression) == []
 
 
-def test_every_expression_is_promql():
-    promql_parser = pytest.importorskip("promql_parser", reason="promql-parser is not installed")
-    for expression in EXPRESSIONS.values():
-        promql_parser.parse(plain(expression))
-    with pytest.raises(ValueError, match="parse"):
-        promql_parser.parse("sum by (engine (sala_gateway_engine_up)")
+@pytest.mark.parametrize("expression", EXPRESSIONS.values(), ids=EXPRESSIONS)
+def test_expression_is_promql(expression):
+    promql_parser.parse(plain(expression))
+
+
+@pytest.mark.parametrize(
+    "expression", ["sum by (engine (sala_gateway_engine_up)", "rate(sala_gateway_engine_up)"]
+)
+def test_planted_mistake_is_no_promql(expression):
+    with pytest.raises(ValueError, match="expected|unclosed"):
+        promql_parser.parse(expression)
+
+
+CASES = [
+    (check["alertname"], bool(check.get("exp_alerts")))
+    for case in yaml.safe_load(ALERTS_TEST.read_text(encoding="utf-8"))["tests"]
+    for check in case["alert_rule_test"]
+]
+
+
+@pytest.mark.parametrize("alert", [rule["alert"] for rule in RULES])
+def test_alert_has_a_case_in_which_it_fires_and_one_in_which_it_is_silent(alert):
+    assert {fires for name, fires in CASES if name == alert} == {True, False}
+
+
+def test_alerts_fire_when_they_should_and_only_then():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool on PATH (it comes with prometheus): alerts are NOT played")
+    process = subprocess.run(
+        [promtool, "test", "rules", ALERTS_TEST], capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    for path in (ROOT / "helm/alerts").glob("*.yaml"):
+        subprocess.run([promtool, "check", "rules", path], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
