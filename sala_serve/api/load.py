@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sala_serve.scheduling.snapshot import QueueSnapshot
 from sala_serve.telemetry import EngineLoad, QueueLoad
 
 if TYPE_CHECKING:
@@ -19,7 +20,13 @@ def watch_load(gateway: Gateway) -> None:
 
 def _publish(gateway: Gateway) -> None:
     metrics, snapshot = gateway.metrics, gateway.scheduler.snapshot()
-    metrics.set_queues([QueueLoad(None, "all", snapshot.num_queued, snapshot.queued_work_tokens)])
+    queues = {each.tier: each for each in snapshot.queues}
+    metrics.set_queues(
+        # an empty queue is a zero, not a series that ends
+        QueueLoad(tier, queue.num_queued, queue.queued_work_tokens)
+        for tier in gateway.settings.tenants.tiers
+        for queue in [queues.get(tier, QueueSnapshot(tier, 0, 0))]
+    )
     metrics.set_service_gap(snapshot.service_gap_tokens, snapshot.service_gap_bound_tokens)
     # the scheduler opens an engine's page with its first request
     pages = {page.engine_id: page for page in snapshot.engines}

@@ -103,6 +103,7 @@ class PlayedTier:
 
     weight: float = 1.0
     priority: int = 0
+    name: str = "default"
 
 
 class Play:

@@ -22,7 +22,12 @@ from sala_serve.scheduling.prefixes import chain_of
 from sala_serve.scheduling.queue import FairQueue
 from sala_serve.scheduling.salt import cache_salt, prefix_key
 from sala_serve.scheduling.shares import Beside, gap_bound_tokens
-from sala_serve.scheduling.snapshot import SchedulerSnapshot, engine_snapshot, tenant_snapshot
+from sala_serve.scheduling.snapshot import (
+    SchedulerSnapshot,
+    engine_snapshot,
+    queue_snapshots,
+    tenant_snapshot,
+)
 from sala_serve.scheduling.work import AnyEngine, Waiting, Work
 
 if TYPE_CHECKING:
@@ -419,6 +424,7 @@ class Scheduler(Generic[AnyEngine]):
             service_gap_bound_tokens=self._gap_bound(),
             num_gave_way=self._num_gave_way,
             num_refused=queue.num_refused,
+            queues=queue_snapshots(queue.waiting()),
         )
 
     def _gap_bound(self) -> float:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sala_serve.scheduling.ledger import EngineLedger
+    from collections.abc import Iterable
+
+    from sala_serve.scheduling.ledger import EngineLedger, Job
     from sala_serve.scheduling.queue import Tenant
     from sala_serve.scheduling.shares import Shares
 
@@ -26,6 +28,16 @@ class TenantSnapshot:
     lead_tokens: float
     """How far its account is above the lowest that waits, at weight 1."""
     longest_wait_s: float
+
+
+@dataclass(frozen=True)
+class QueueSnapshot:
+    """What waits of one tier."""
+
+    tier: str
+    num_queued: int
+    queued_work_tokens: int
+    """Prompt tokens that are expected to be computed."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,8 @@ class SchedulerSnapshot:
     """Long prefills that were put back for another tenant's, so far."""
     num_refused: int
     """Requests that found the queue full, so far."""
+    queues: tuple[QueueSnapshot, ...] = ()
+    """By tier, of those that have something waiting."""
 
 
 def tenant_snapshot(tenant: Tenant, shares: Shares, now_s: float) -> TenantSnapshot:
@@ -91,6 +105,14 @@ def tenant_snapshot(tenant: Tenant, shares: Shares, now_s: float) -> TenantSnaps
         lead_tokens=max(tenant.account.work - shares.level(), 0.0),
         longest_wait_s=max((now_s - job.work.arrived_at_s for job in tenant.waiting), default=0.0),
     )
+
+
+def queue_snapshots(waiting: Iterable[Job]) -> tuple[QueueSnapshot, ...]:
+    """Return what waits by tier."""
+    work_tokens: dict[str, list[int]] = {}
+    for job in waiting:
+        work_tokens.setdefault(job.work.tier.name, []).append(job.uncached_tokens)
+    return tuple(QueueSnapshot(tier, len(each), sum(each)) for tier, each in work_tokens.items())
 
 
 def engine_snapshot(ledger: EngineLedger, is_ready: bool) -> EngineSnapshot:

@@ -13,6 +13,10 @@ class TierView(Protocol):
     """What is asked of a service tier (``sala_serve.tenants``)."""
 
     @property
+    def name(self) -> str:
+        """In metrics."""
+
+    @property
     def weight(self) -> float:
         """Share relative to tenants of other tiers."""
 

@@ -24,7 +24,6 @@ LATENCY_BUCKETS_S = (
 """From a cached short prompt to a million tokens on a small machine."""
 GAP_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """From a fast GPU to a stream that waits behind another's prefill."""
-ANY_ENGINE = "any"
 NO_TIER = "none"
 
 
@@ -123,9 +122,8 @@ class Metrics:
         self._of["queued_requests"].clear()
         self._of["queued_tokens"].clear()
         for queue in queues:
-            labels = queue.engine or ANY_ENGINE, queue.tier
-            self._of["queued_requests"].labels(*labels).set(queue.num_requests)
-            self._of["queued_tokens"].labels(*labels).set(queue.num_tokens)
+            self._of["queued_requests"].labels(queue.tier).set(queue.num_requests)
+            self._of["queued_tokens"].labels(queue.tier).set(queue.num_tokens)
 
     def set_engines(self, engines: Iterable[EngineLoad]) -> None:
         """State all engines; those not named are gone."""

@@ -26,14 +26,12 @@ class MetricSpec:
 
 @dataclass(frozen=True)
 class QueueLoad:
-    """Work that waits, of one tier, before one engine."""
+    """Work that waits, of one tier."""
 
-    engine: str | None
-    """Engine id; None while any may take it."""
     tier: str
     num_requests: int
     num_tokens: int
-    """Tokens of work: prompt net of the predicted prefix hit, and the answer's expected length."""
+    """Prompt tokens net of the predicted prefix hit."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +137,12 @@ METRICS = (
         ("tenant", "code"),
         "Requests answered with an error before an engine had them.",
     ),
-    MetricSpec(
-        "queued_requests", "gauge", ("engine", "tier"), "Requests that wait for their turn."
-    ),
+    MetricSpec("queued_requests", "gauge", ("tier",), "Requests that wait for their turn."),
     MetricSpec(
         "queued_tokens",
         "gauge",
-        ("engine", "tier"),
-        "Tokens of work that wait: scale on this. engine is any while it is not decided.",
+        ("tier",),
+        "Prompt tokens that wait, net of predicted prefix hits: scale on this.",
     ),
     MetricSpec("engine_up", "gauge", ("engine",), "1 while the engine is ready."),
     MetricSpec(

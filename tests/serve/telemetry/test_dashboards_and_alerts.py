@@ -183,6 +183,15 @@ def test_variables_of_the_dashboard_ask_for_what_exists():
     assert used - {"__rate_interval"} == set(variables)
 
 
+def test_legends_name_what_their_expression_is_grouped_by():
+    for panel in PANELS:
+        for target in panel["targets"]:
+            grouped = ",".join(_BY.findall(target["expr"]))
+            named = re.findall(r"{{(\w+)}}", target["legendFormat"])
+            by = set(re.findall(r"\w+", grouped)) - {"le"}
+            assert set(named) == by, panel["title"]
+
+
 def test_panels_do_not_overlap_and_have_ids_of_their_own():
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)

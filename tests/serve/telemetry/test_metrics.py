@@ -76,7 +76,7 @@ def exercise(metrics, clock):
     metrics.refused("t-1", "rate_limit_exceeded")
     metrics.limit_tokens("t-1", "input", "reserved", 10)
     metrics.prefill_done("e-0", 6)
-    metrics.set_queues([QueueLoad(None, "gold", 3, 1_200_000)])
+    metrics.set_queues([QueueLoad("gold", 3, 1_200_000)])
     metrics.set_engines([EngineLoad("e-0", True, False, 1, 2, 500, 900, 1000)])
     metrics.set_service_gap(5, 10)
     metrics.set_jobs({("response", "queued"): 2})
@@ -119,13 +119,13 @@ def test_time_in_each_phase_goes_to_its_histogram(metrics, clock):
 
 def test_queues_and_engines_that_are_gone_leave_no_series(metrics, clock):
     exercise(metrics, clock)
-    assert value(metrics, "queued_tokens", engine="any", tier="gold") == 1_200_000
-    metrics.set_queues([QueueLoad("e-1", "free", 1, 5)])
+    assert value(metrics, "queued_tokens", tier="gold") == 1_200_000
+    metrics.set_queues([QueueLoad("free", 1, 5)])
     metrics.set_engines([EngineLoad("e-1", True, True, 0, 0, 0, 0, None)])
     metrics.set_jobs({})
     found = series(metrics)
     assert {labels for name, labels in found if name == "sala_gateway_queued_tokens"} == {
-        (("engine", "e-1"), ("tier", "free"))
+        (("tier", "free"),)
     }
     assert value(metrics, "engine_stuck", engine="e-1") == 1
     assert not [

@@ -57,6 +57,9 @@ async def test_what_waits_has_a_place(start_stack, eventually):
         assert waiting.place == 1
         assert waiting.num_prompt_tokens == 20_000
         assert view.queued_tokens == 20_000
+        queue = {"tier": "default"}
+        assert await stack.metric("sala_gateway_queued_tokens", **queue) == 20_000
+        assert await stack.metric("sala_gateway_queued_requests", **queue) == 1
         assert view.tenants[0].num_queued == 1
 
 
@@ -93,10 +96,15 @@ async def test_state_that_is_away_leaves_the_rest_of_the_page(
     assert [each.state for each in view.engines] == ["ready"]
 
 
+async def scraped(stack):
+    return (await stack.http.get("/metrics")).text
+
+
 async def test_scrape_shows_the_load(start_stack, eventually):
     async with busy(start_stack, eventually) as (stack, _, _):
         (engine,) = stack.gateway.pool.engines
         labels = {"engine": engine}
+        assert 'sala_gateway_queued_requests{tier="default"} 0.0' in await scraped(stack)
         assert await stack.metric("sala_gateway_engine_up", **labels) == 1
         assert await stack.metric("sala_gateway_engine_stuck", **labels) == 0
         in_prefill = {**labels, "phase": "prefilling"}
