@@ -24,7 +24,7 @@ from sala_serve.generation.answers import Meter, parse_chunk, parse_whole, usage
 from sala_serve.generation.call import PROMPT_FIELDS, Chunk, Prefilling, Quiet, Reserved, Whole
 from sala_serve.generation.updates import Updates, beside
 from sala_serve.running import RunningRequest
-from sala_serve.scheduling.work import Work
+from sala_serve.scheduling.work import Waiting, Work
 from sala_serve.telemetry import Phase
 from sala_serve.tenants.limits import Claim
 from sala_serve.tenants.model import check_scopes
@@ -119,10 +119,20 @@ class _Life:
         # clients may repeat their ids, and two tenants may choose the same one
         self._engine_request_id = f"{call.request_id}.{uuid.uuid4().hex[:8]}"
         self._started_at_s = parts._clock()
+        self._told: Update | None = None
 
     def quiet(self) -> Update:
-        """Return what can be said when nothing has happened for a while."""
-        return Quiet("decoding" if self._record.phase is Phase.DECODE else "counting")
+        """Return what can be said when nothing has happened for a while: what was said last."""
+        match self._record.phase:
+            case Phase.DECODE:
+                return Quiet("decoding")
+            case Phase.QUEUE | Phase.PREFILL if isinstance(self._told, Waiting | Prefilling):
+                return self._told
+        return Quiet("counting")
+
+    def _tell(self, update: Waiting | Prefilling) -> None:
+        self._told = update
+        self._updates.note(update)
 
     async def live(self) -> None:
         """Run the call to its end."""
@@ -205,7 +215,7 @@ class _Life:
         num_tries = 1
         while True:
             self._record.enter(Phase.QUEUE)
-            async with self._parts._scheduler.turn(work, self._updates.note) as turn:
+            async with self._parts._scheduler.turn(work, self._tell) as turn:
                 try:
                     await self._dispatch(turn, meter)
                     return
@@ -313,7 +323,7 @@ class _Life:
                     left = progress.num_prompt_tokens - done
                     expected_s = left * (now_s - first_at_s) / (done - first_done)
             if not meter.has_first_token:
-                self._updates.note(
+                self._tell(
                     Prefilling(
                         done_tokens=None if progress is None else progress.num_computed_tokens,
                         total_tokens=meter.num_prompt_tokens,
@@ -321,7 +331,7 @@ class _Life:
                         expected_first_token_s=expected_s,
                     )
                 )
-            await self._parts._sleep(LOOK_INTERVAL_S)
+            await self._parts._sleep(min(LOOK_INTERVAL_S, self._parts._progress_interval_s))
 
     async def _settle(self, reservation: Reservation, usage: Usage | None) -> None:
         """Charge what was used; without that, leaving the reservation gives all of it back."""
