@@ -105,7 +105,7 @@ METRICS = (
         "prefill_tokens_done_total",
         "counter",
         ("engine",),
-        "Prompt tokens the engine has computed, counted while a prefill runs.",
+        "Prompt tokens the engine has computed for whoever asked, counted while a prefill runs.",
     ),
     MetricSpec(
         "tenant_requests_total", "counter", ("tenant", "status"), "Finished requests by tenant."

@@ -43,7 +43,15 @@ TARGET_LABELS = {"instance", "job"}
 """Prometheus adds them when it scrapes."""
 NOT_SHOWN: set[str] = set()
 """Metrics that are looked up by hand when something is wrong."""
+(_QUESTIONS,) = re.findall(
+    r"^```promql\n(.*?)^```$",
+    (ROOT / "docs/operations.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
+ASKED = dict(re.findall(r"^# (.*)\n(.*)$", _QUESTIONS, re.MULTILINE))
+"""On the page for operators."""
 EXPRESSIONS = {
+    **{f"page {question}": expression for question, expression in ASKED.items()},
     **{f"alert {rule['alert']}": rule["expr"] for rule in RULES},
     **{
         f"panel {panel['title']} {target['refId']}": target["expr"]
@@ -81,6 +89,11 @@ def problems(expression):
         has_rate = re.search(rf"(?:rate|increase)\(\s*{name}\b(?:{{[^}}]*}})?\[", text)
         if (kind == "gauge") == bool(has_rate):
             found.append(f"{name} is a {kind}")
+        # each gateway says what it sees of the same engines
+        if "engine" in spec.labels and re.search(
+            rf"sum[^(]*(?:\([^()]*\) *)?\((?:rate\()?{name}", text
+        ):
+            found.append(f"{name} is summed over gateways")
     for grouping in _BY.findall(text):
         found += [
             f"grouped by {label}" for label in re.findall(r"\w+", grouping) if label not in labels
@@ -141,8 +154,13 @@ def test_alerts_fire_when_they_should_and_only_then():
         ("rate(sala_gateway_engine_up[5m])", "is a gauge"),
         ("sum(sala_gateway_requests_total)", "is a counter"),
         ("sala_gateway_queue_wait_seconds > 1", "no metric sala_gateway_queue_wait_seconds"),
-        ("sum by (tenant) (sala_gateway_engine_up)", "grouped by tenant"),
-        ("sum(sala_gateway_engine_up", "unbalanced"),
+        ("max by (tenant) (sala_gateway_engine_up)", "grouped by tenant"),
+        ("max(sala_gateway_engine_up", "unbalanced"),
+        ("sum(sala_gateway_engine_kv_tokens)", "summed over gateways"),
+        (
+            "sum by (engine) (rate(sala_gateway_prefill_tokens_done_total[5m]))",
+            "summed over gateways",
+        ),
     ],
 )
 def test_planted_mistake_is_found(expression, problem):
@@ -153,9 +171,11 @@ def test_planted_mistake_is_found(expression, problem):
 def test_every_metric_is_shown_or_watched():
     asked = {
         SERIES[name][0].full_name
-        for expression in EXPRESSIONS.values()
+        for where, expression in EXPRESSIONS.items()
+        if not where.startswith("page ")
         for name, _ in _SELECTOR.findall(expression)
     }
+    assert len(ASKED) * 2 == len(_QUESTIONS.splitlines())
     assert asked | NOT_SHOWN == set(SPECS)
     assert not asked & NOT_SHOWN
 
@@ -186,10 +206,11 @@ def test_variables_of_the_dashboard_ask_for_what_exists():
 def test_legends_name_what_their_expression_is_grouped_by():
     for panel in PANELS:
         for target in panel["targets"]:
-            grouped = ",".join(_BY.findall(target["expr"]))
-            named = re.findall(r"{{(\w+)}}", target["legendFormat"])
-            by = set(re.findall(r"\w+", grouped)) - {"le"}
-            assert set(named) == by, panel["title"]
+            expression = target["expr"]
+            outermost = re.match(r"(?:\w+\(0\.\d+, )?\w+(?: by \(([^)]*)\))? ?\(", expression)
+            by = set(re.findall(r"\w+", outermost[1] or "")) - {"le"}
+            named = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            assert named == by, panel["title"]
 
 
 def test_panels_do_not_overlap_and_have_ids_of_their_own():
