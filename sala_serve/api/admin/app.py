@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sala_serve.api.admin.guard import AdminGuard
+from sala_serve.api.admin.page import audited_page
 from sala_serve.api.admin.requests import requests_router
 from sala_serve.api.admin.router import tenants_router
 from sala_serve.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from sala_serve.api.admin.requests import RunningView
     from sala_serve.config import Settings
+    from sala_serve.gateway import Gateway
     from sala_serve.scheduling.snapshot import SchedulerSnapshot
     from sala_serve.tenants.keys import KeyRing
     from sala_serve.tenants.limits import Limiter
@@ -67,8 +69,16 @@ class AdminGateway(Protocol):
         """Queue and engines."""
 
 
-def build_admin_app(gateway: AdminGateway, page: Sequence[Route] = ()) -> FastAPI:
+def build_admin_app(gateway: Gateway) -> FastAPI:
     """Make the application for the admin port; it has no life of its own beside the gateway's.
+
+    The gateway's settings have an admin token.
+    """
+    return admin_app(gateway, audited_page(gateway))
+
+
+def admin_app(gateway: AdminGateway, page: Sequence[Route]) -> FastAPI:
+    """Put the JSON API beside the routes of a page.
 
     Args:
         gateway: whose tenants, keys and requests; its settings have an admin token.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sala_serve.errors import GatewayError
 
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # written whatever `telemetry.log_level` says
 logger.setLevel(logging.INFO)
+NOT_FOUND = "not_found"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose request is handled."""
+
+    via: str
+    """``api`` or ``page``."""
+    client: str
+    """Address."""
+    request_id: str
+
+
+CALLER: ContextVar[Caller] = ContextVar("sala_serve.admin_caller")
+"""Set by the guard for each request."""
 
 
 @dataclass
@@ -24,37 +41,34 @@ class Entry:
     action: str
     """``tenant.create``, ``key.revoke`` and so on."""
     target: str
-    """Id of what it is done to; what a caller made up is shown with ``?`` for all but harmless characters."""
+    """Id of what it is done to."""
+    outcome: str = "done"
+    """Or the code of an error."""
 
 
 @contextmanager
-def audited(
-    action: str, target: str, *, via: Literal["api", "page"], client: str, request_id: str
-) -> Iterator[Entry]:
-    """Write a line when the block ends; it may set the target of what it makes."""
+def audited(action: str, target: str) -> Iterator[Entry]:
+    """Write a line when the block ends; it may set the target of what it makes, and the outcome."""
     entry = Entry(action, target)
-    outcome = "failed"
     try:
         yield entry
-        outcome = "done"
     except GatewayError as error:
-        outcome = error.code
+        entry.outcome = error.code
+        raise
+    except BaseException:
+        entry.outcome = "failed"
         raise
     finally:
-        write(entry, outcome, via=via, client=client, request_id=request_id)
+        write(entry)
 
 
-def write(
-    entry: Entry, outcome: str, *, via: Literal["api", "page"], client: str, request_id: str
-) -> None:
+def write(entry: Entry) -> None:
     """Write one line."""
     fields = {
         "action": entry.action,
         "target": _harmless(entry.target),
-        "outcome": outcome,
-        "via": via,
-        "client": client,
-        "request_id": request_id,
+        "outcome": entry.outcome,
+        **vars(CALLER.get()),
     }
     text = " ".join(f"{name}={value}" for name, value in fields.items())
     logger.info("audit %s", text, extra={"fields": {"message": "audit", **fields}})
@@ -62,7 +76,7 @@ def write(
 
 def _harmless(text: str) -> str:
     # a line of the log must not be something that a caller wrote
-    allowed = "".join(
+    letters = (
         each if each.isascii() and each.isalnum() or each in "-_.:/" else "?" for each in text
     )
-    return allowed[:128] or "-"
+    return "".join(letters)[:128] or "-"

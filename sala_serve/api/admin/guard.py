@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from sala_serve.api.admin.audit import Entry, write
+from sala_serve.api.admin.audit import CALLER, Caller, Entry, write
 from sala_serve.errors import (
     BodyTooLarge,
     ClientDisconnected,
@@ -32,20 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 64 * 1024
 BODY_TIMEOUT_S: Final = 30.0
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_ID_KEY = "sala_serve.admin_request_id"
-
-
-def request_id_of(scope: Scope) -> str:
-    """Return the id that the guard gave a request."""
-    request_id = scope[_ID_KEY]
-    assert isinstance(request_id, str)
-    return request_id
-
-
-def client_of(scope: Scope) -> str:
-    """Return the address that a request came from."""
-    client = scope.get("client")
-    return str(client[0]) if client else "unknown"
+_REFUSED = (401, 403)
 
 
 class AdminGuard:
@@ -64,13 +51,19 @@ class AdminGuard:
         headers = Headers(scope=scope)
         given_id = headers.get("X-Request-Id", "")
         request_id = given_id if _HARMLESS_ID.fullmatch(given_id) else uuid.uuid4().hex
-        scope[_ID_KEY] = request_id
+        is_open = scope["path"] in self._open_paths
+        client = scope.get("client")
+        via = "page" if is_open else "api"
+        CALLER.set(Caller(via, str(client[0]) if client else "unknown", request_id))
         is_started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal is_started
             if message["type"] == "http.response.start":
                 is_started = True
+                if message["status"] in _REFUSED:
+                    outcome = InvalidApiKey.code
+                    write(Entry("token", scope["path"], outcome))
                 answer = MutableHeaders(scope=message)
                 answer["X-Request-Id"] = request_id
                 # keys are shown in answers
@@ -78,9 +71,9 @@ class AdminGuard:
             await send(message)
 
         try:
-            if scope["path"] not in self._open_paths:
-                self._check_token(headers.get("Authorization", ""), scope)
-            body = await _read_body(headers, receive)
+            if not is_open:
+                self._check_token(headers.get("Authorization", ""))
+            body = await _read_body(receive)
             await self._app(scope, _replay(body, receive), send_with_id)
         except ClientDisconnected:
             return
@@ -93,24 +86,16 @@ class AdminGuard:
             failure = InternalError(f"The gateway failed; its log has request {request_id}.")
             await failure.response()(scope, receive, send_with_id)
 
-    def _check_token(self, authorization: str, scope: Scope) -> None:
+    def _check_token(self, authorization: str) -> None:
         scheme, _, token = authorization.partition(" ")
         # digests have one length, so that comparing them tells nothing about the token's
         given = hashlib.sha256(token.strip().encode()).digest()
         is_right = hmac.compare_digest(given, self._digest)
-        if scheme.lower() == "bearer" and is_right:
-            return
-        client, request_id = client_of(scope), request_id_of(scope)
-        entry = Entry("token", scope["path"])
-        write(entry, InvalidApiKey.code, via="api", client=client, request_id=request_id)
-        raise InvalidApiKey("Send the admin token as 'Authorization: Bearer <token>'.")
+        if scheme.lower() != "bearer" or not is_right:
+            raise InvalidApiKey("Send the admin token as 'Authorization: Bearer <token>'.")
 
 
-async def _read_body(headers: Headers, receive: Receive) -> bytes:
-    too_large = BodyTooLarge(f"The body has more than {MAX_BODY_BYTES} bytes.")
-    length = headers.get("Content-Length", "0")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise too_large
+async def _read_body(receive: Receive) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -120,7 +105,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
                     raise ClientDisconnected("The client closed the connection.")
                 body += message.get("body", b"")
                 if len(body) > MAX_BODY_BYTES:
-                    raise too_large
+                    raise BodyTooLarge(f"The body has more than {MAX_BODY_BYTES} bytes.")
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:

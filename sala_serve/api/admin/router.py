@@ -7,10 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Path, Query
-from starlette.requests import Request  # noqa: TC002 - FastAPI reads it from the annotation
 
-from sala_serve.api.admin.audit import Entry, audited
-from sala_serve.api.admin.guard import client_of, request_id_of
+from sala_serve.api.admin.audit import audited
 from sala_serve.api.admin.schema import (
     ChangeTenant,
     CreateKey,
@@ -36,7 +34,6 @@ from sala_serve.tenants.scripts import USAGE_DAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from sala_serve.tenants.keys import KeyRing
     from sala_serve.tenants.limits import Limiter
@@ -93,8 +90,8 @@ def tenants_router(
         )
 
     @router.post("/tenants", status_code=201, summary="Create a tenant")
-    async def create_tenant(body: CreateTenant, request: Request) -> TenantView:
-        with _audited(request, "tenant.create", body.id or "new") as entry:
+    async def create_tenant(body: CreateTenant) -> TenantView:
+        with audited("tenant.create", body.id or "new") as entry:
             tenant = await store.create_tenant(
                 tenant_id=body.id, name=body.name, tier=body.tier, limits=body.limits.to_limits()
             )
@@ -106,16 +103,16 @@ def tenants_router(
         return TenantView.of(await any_tenant(tenant_id))
 
     @router.patch("/tenants/{tenant_id}", summary="Change a tenant")
-    async def change_tenant(tenant_id: Id, body: ChangeTenant, request: Request) -> TenantView:
+    async def change_tenant(tenant_id: Id, body: ChangeTenant) -> TenantView:
         changes = body.model_dump(include={"name", "tier", "is_active"}, exclude_none=True)
         limits = {} if body.limits is None else body.limits.model_dump(exclude_unset=True)
-        with _audited(request, "tenant.change", tenant_id):
+        with audited("tenant.change", tenant_id):
             tenant = await store.update_tenant(tenant_id, limit_changes=limits, **changes)
         return TenantView.of(tenant)
 
     @router.delete("/tenants/{tenant_id}", summary="Delete a tenant and its keys")
-    async def delete_tenant(tenant_id: Id, request: Request) -> Deleted:
-        with _audited(request, "tenant.delete", tenant_id):
+    async def delete_tenant(tenant_id: Id) -> Deleted:
+        with audited("tenant.delete", tenant_id):
             await store.delete_tenant(tenant_id)
         return Deleted(id=tenant_id)
 
@@ -146,11 +143,11 @@ def tenants_router(
         return KeyList(data=[shown(key) for key in await store.keys(tenant_id)])
 
     @router.post("/tenants/{tenant_id}/keys", status_code=201, summary="Create a key")
-    async def create_key(tenant_id: Id, body: CreateKey, request: Request) -> NewKeyView:
+    async def create_key(tenant_id: Id, body: CreateKey) -> NewKeyView:
         ends_s = body.expires_unix_s
         if ends_s is not None and ends_s <= unix_clock():
             raise InvalidRequest("Expected a time to come.", param="expires_unix_s")
-        with _audited(request, "key.create", tenant_id) as entry:
+        with audited("key.create", tenant_id) as entry:
             key, text = await store.create_key(
                 tenant_id,
                 name=body.name,
@@ -168,29 +165,22 @@ def tenants_router(
         return shown(key)
 
     @router.post("/keys/{key_id}/rotate", summary="Give a key a new secret")
-    async def rotate_key(key_id: Id, request: Request, body: RotateKey | None = None) -> NewKeyView:
+    async def rotate_key(key_id: Id, body: RotateKey | None = None) -> NewKeyView:
         keep_old_s = (body or RotateKey()).keep_old_s
-        with _audited(request, "key.rotate", key_id):
+        with audited("key.rotate", key_id):
             key, text = await store.rotate_key(key_id, keep_old_s=keep_old_s)
         return NewKeyView(key=text, **KeyView.fields_of(key, unix_clock()))
 
     @router.post("/keys/{key_id}/revoke", summary="End a key for good")
-    async def revoke_key(key_id: Id, request: Request) -> KeyView:
-        with _audited(request, "key.revoke", key_id):
+    async def revoke_key(key_id: Id) -> KeyView:
+        with audited("key.revoke", key_id):
             key = await store.revoke_key(key_id)
         return shown(key)
 
     @router.delete("/keys/{key_id}", summary="Delete a key, which ends it too")
-    async def delete_key(key_id: Id, request: Request) -> Deleted:
-        with _audited(request, "key.delete", key_id):
+    async def delete_key(key_id: Id) -> Deleted:
+        with audited("key.delete", key_id):
             await store.delete_key(key_id)
         return Deleted(id=key_id)
 
     return router
-
-
-def _audited(request: Request, action: str, target: str) -> AbstractContextManager[Entry]:
-    scope = request.scope
-    return audited(
-        action, target, via="api", client=client_of(scope), request_id=request_id_of(scope)
-    )

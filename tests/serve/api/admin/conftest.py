@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from sala_serve.api.admin import build_admin_app
+from sala_serve.api.admin.app import admin_app
 from sala_serve.config import Settings
 from sala_serve.scheduling.snapshot import SchedulerSnapshot
 from sala_serve.tenants.keys import KeyRing
@@ -87,7 +87,7 @@ def _make_replica(state: State) -> Replica:
 
 @asynccontextmanager
 async def _client_of(replica: Replica, page=(), **headers: str) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(build_admin_app(replica, page))
+    transport = httpx.ASGITransport(admin_app(replica, page))
     async with httpx.AsyncClient(
         transport=transport, base_url="http://admin", headers={**HEADERS, **headers}
     ) as client:

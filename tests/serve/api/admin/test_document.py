@@ -10,7 +10,7 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from sala_serve.api.admin import build_admin_app
+from sala_serve.api.admin.app import admin_app
 from sala_serve.serving import bind
 from sala_serve.state import State, StateSettings
 
@@ -20,7 +20,7 @@ def admin_url(make_replica):
     """An admin port in a thread, since schemathesis sends with blocking calls."""
     listener = bind("127.0.0.1", 0)
     state = State.create(StateSettings(), clock=time.monotonic)
-    app = build_admin_app(make_replica(state))
+    app = admin_app(make_replica(state), ())
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
 
     async def serve() -> None:

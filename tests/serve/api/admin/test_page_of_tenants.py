@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from sala_serve.api.admin import build_admin_app
+from sala_serve.api.admin.app import admin_app
 from sala_serve.state import State, StateSettings
 from sala_serve.tenants.model import Limits
 from sala_serve.tenants.scripts import USAGE_DAYS
@@ -24,7 +24,7 @@ def table(heading):
 
 async def test_operations_are_those_of_the_document(make_replica, headers):
     state = State.create(StateSettings(), clock=time.monotonic)
-    transport = httpx.ASGITransport(build_admin_app(make_replica(state)))
+    transport = httpx.ASGITransport(admin_app(make_replica(state), ()))
     async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
         document = (await client.get("/openapi.json", headers=headers)).json()
     await state.close()

@@ -61,6 +61,7 @@ async def test_tenants_are_listed_in_pages(admin):
     seen, after = [], ""
     while True:
         page = (await admin.get(f"/admin/v1/tenants?limit=2&after={after}")).json()
+        assert len(page["data"]) <= 2
         seen += [tenant["id"] for tenant in page["data"]]
         if not page["has_more"]:
             break
@@ -112,13 +113,14 @@ async def test_rotation_lets_both_secrets_work_unless_told_otherwise(admin, repl
     assert len(third["secrets"]) == 1
 
 
-async def test_key_that_is_deleted_makes_room_and_is_gone(admin, replica):
+async def test_key_that_is_deleted_makes_room_and_is_gone(admin, replica, state):
     await create(admin, "tenants", id="acme", name="Acme")
     made = await create(admin, "tenants/acme/keys", name="k")
     assert (await admin.delete(f"/admin/v1/keys/{made['id']}")).json()["deleted"] is True
     assert (await admin.delete(f"/admin/v1/keys/{made['id']}")).status_code == 404
     assert (await admin.get(f"/admin/v1/keys/{made['id']}")).status_code == 404
     assert (await admin.get("/admin/v1/tenants/acme/keys")).json()["data"] == []
+    assert await state.redis.scard("sala:tenant-keys:acme") == 0
     with pytest.raises(InvalidApiKey):
         await replica.keys.authenticate(made["key"])
 
