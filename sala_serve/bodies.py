@@ -18,8 +18,12 @@ FORBIDDEN_FIELDS = (
     *("request_id", "truncate_prompt_tokens", "use_beam_search", "vllm_xargs"),
 )
 """Extensions of vLLM that would let one client affect another, run its program, or take what was not counted."""
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
-"""Kinds of content parts; the others hold media, or addresses that the engine would fetch."""
+TEXT_PARTS: Mapping[str, str] = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **{"refusal": "refusal", "thinking": "thinking"},
+}
+"""Kinds of content parts, and the field with the text of each; the others hold media, or addresses that the
+engine would fetch."""
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens")
 
 
@@ -171,17 +175,38 @@ def _check_messages(messages: Any, bounds: BodySettings) -> None:
             _refuse(f"messages.{index}", "an object")
         if not isinstance(message.get("role"), str):
             _refuse(f"messages.{index}.role", "a string")
-        if isinstance(content := message.get("content"), list):
-            for position, part in enumerate(content):
-                if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
-                    path = f"messages.{index}.content.{position}.type"
-                    _refuse(path, f"one of {', '.join(TEXT_PARTS)}: the model reads text only")
+        content = message.get("content")
+        if not isinstance(content, str | list | None):
+            _refuse(f"messages.{index}.content", "a string or a list of parts")
+        for position, part in enumerate(content if isinstance(content, list) else ()):
+            _check_part(part, f"messages.{index}.content.{position}")
+
+
+def _check_part(part: Any, path: str) -> None:
+    if isinstance(part, str):
+        return
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or (field := TEXT_PARTS.get(kind)) is None:
+        _refuse(f"{path}.type", f"one of {', '.join(TEXT_PARTS)}: the model reads text only")
+    if not isinstance(part.get(field), str):
+        _refuse(f"{path}.{field}", "a string")
 
 
 def _check_prompt(prompt: Any, bounds: BodySettings) -> None:
-    _require(isinstance(prompt, str | list) and prompt != [], "prompt", "a string or a list")
-    if isinstance(prompt, list) and isinstance(prompt[0], str | list):
+    is_right = isinstance(prompt, str)
+    if isinstance(prompt, list) and prompt:
+        if _are(int, prompt):
+            return
         _require_at_most(len(prompt), bounds.max_messages, "prompt", "prompts")
+        is_right = _are(str, prompt) or all(
+            isinstance(each, list) and each and _are(int, each) for each in prompt
+        )
+    _require(is_right, "prompt", "text, token ids, or a list of either")
+
+
+def _are(kind: type, values: list[Any]) -> bool:
+    # a million of them: the type itself is compared, which is fast and leaves out booleans
+    return set(map(type, values)) == {kind}
 
 
 def _check_sizes(document: dict[str, Any], bounds: BodySettings) -> None:

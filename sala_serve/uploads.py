@@ -102,7 +102,8 @@ class Uploads:
         stated = request.headers.get("content-length", "0")
         if not stated.isdecimal():  # the server checks it; other ASGI servers may not
             raise InvalidRequest("Content-Length is not a number.")
-        held.grow_to(int(stated))
+        # not held yet: a client that states much and sends nothing must not keep others out
+        held.check(int(stated))
         raw = bytearray()
         loop = asyncio.get_running_loop()
         started_at_s = loop.time()
@@ -120,11 +121,10 @@ class Uploads:
             raise ClientDisconnected("The client left while sending its request.") from None
         return raw
 
-    def grow(self, num_bytes: int) -> None:
-        """Hold ``num_bytes`` more; raises :class:`Overloaded` if that is too many."""
+    def check_room(self, num_bytes: int) -> None:
+        """Raise :class:`Overloaded` if ``num_bytes`` more are too many."""
         if self.num_buffered_bytes + num_bytes > self._settings.max_buffered_bytes:
             raise Overloaded("Too many bytes of requests are held; please retry.")
-        self.num_buffered_bytes += num_bytes
 
     @property
     def max_body_bytes(self) -> int:
@@ -139,15 +139,20 @@ class _Held:
         self._uploads = uploads
         self._num_bytes = 0
 
-    def grow_to(self, num_bytes: int) -> None:
+    def check(self, num_bytes: int) -> None:
+        """Raise if the body may not be that long, now or ever."""
         if num_bytes > self._uploads.max_body_bytes:
             raise BodyTooLarge(
                 "The request body is larger than this server's limit of "
                 f"{self._uploads.max_body_bytes} bytes."
             )
-        if num_bytes > self._num_bytes:
-            self._uploads.grow(num_bytes - self._num_bytes)
-            self._num_bytes = num_bytes
+        self._uploads.check_room(num_bytes - self._num_bytes)
+
+    def grow_to(self, num_bytes: int) -> None:
+        """Hold that many bytes; raises as :meth:`check`."""
+        self.check(num_bytes)
+        self._uploads.num_buffered_bytes += num_bytes - self._num_bytes
+        self._num_bytes = num_bytes
 
     def release(self) -> None:
         self._uploads.num_buffered_bytes -= self._num_bytes

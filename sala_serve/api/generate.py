@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sala_serve.running import RunningRequest
 
 TIMEOUT_HEADER = "X-Request-Timeout-S"
+MIN_TIMEOUT_S = 1.0
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 CLIENT_TIMEOUT_HEADERS = (TIMEOUT_HEADER, "X-Stainless-Read-Timeout")
 """How long a client says that it waits; the second is from OpenAI's own clients."""
@@ -195,8 +196,9 @@ def deadlines_of(headers: Headers, gateway: Gateway) -> Deadlines:
     deadlines = Deadlines(**gateway.settings.deadlines.model_dump())
     if (text := headers.get(TIMEOUT_HEADER)) is None:
         return deadlines
-    if (timeout_s := _seconds(text)) is None:
-        raise InvalidRequest(f"{TIMEOUT_HEADER}: expected seconds above 0.")
+    timeout_s = _seconds(text)
+    if timeout_s is None or timeout_s < MIN_TIMEOUT_S:
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: expected seconds, at least {MIN_TIMEOUT_S:g}.")
     return deadlines.shortened(timeout_s)
 
 

@@ -137,7 +137,14 @@ class Health(BaseModel):
     status: Literal["ok", "ready"]
 
 
-_MODELS = (ErrorBody, ChatRequest, CompletionRequest, Answer, ModelList, ModelEntry, Health)
+class Event(BaseModel):
+    """One server-sent event; ``data`` is a chunk or an error as JSON, or ``[DONE]``."""
+
+    data: str
+    event: Literal["message", "sala.progress"] = "message"
+
+
+_MODELS = (ErrorBody, Event, ChatRequest, CompletionRequest, Answer, ModelList, ModelEntry, Health)
 
 
 def openapi_document(app: FastAPI, *, version: str) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def _reads(summary: str, model: str) -> dict[str, Any]:
 
 
 def _generates(summary: str, model: str) -> dict[str, Any]:
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    events = {"text/event-stream": {"schema": {"$ref": _SCHEMA.format(model="Event")}}}
     return {
         "summary": summary,
         "parameters": [
@@ -226,7 +233,7 @@ _REQUEST_HEADERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "X-Request-Timeout-S",
         "shortens every deadline",
-        {"type": "number", "exclusiveMinimum": 0, "maximum": 1e6},
+        {"type": "number", "minimum": 1, "maximum": 1e6},
     ),
     (
         "X-Sala-Progress",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from sala_serve.bodies import TEXT_PARTS
 from sala_serve.engine.progress import Phase, RequestProgress
 
 if TYPE_CHECKING:
@@ -284,8 +285,8 @@ def prompt_tokens(body: Mapping[str, Any]) -> list[list[int]]:
         words = []
         for message in body["messages"]:
             content = message.get("content") or ""
-            parts = [{"text": content}] if isinstance(content, str) else content
-            words += [message["role"], *(part["text"] for part in parts)]
+            parts = [content] if isinstance(content, str) else content
+            words += [message["role"], *map(_text_of, parts)]
         return [tokens_of(" ".join(words))]
     prompt = body["prompt"]
     if isinstance(prompt, str):
@@ -293,3 +294,7 @@ def prompt_tokens(body: Mapping[str, Any]) -> list[list[int]]:
     if prompt and isinstance(prompt[0], int):
         return [prompt]
     return [tokens_of(each) if isinstance(each, str) else each for each in prompt]
+
+
+def _text_of(part: str | Mapping[str, str]) -> str:
+    return part if isinstance(part, str) else part[TEXT_PARTS[part["type"]]]

@@ -102,7 +102,7 @@ async def test_no_end_in_time_stops_the_engine(start_stack, eventually, is_strea
 )
 async def test_client_shortens_every_deadline(start_stack, behaviour, code):
     async with start_stack(behaviour) as stack:
-        response = await stack.http.post(PATH, json=REQUEST, headers={"X-Request-Timeout-S": "0.3"})
+        response = await stack.http.post(PATH, json=REQUEST, headers={"X-Request-Timeout-S": "1"})
         assert response.status_code == 504
         assert response.json()["error"]["code"] in {code, "total_timeout"}
 
@@ -113,7 +113,7 @@ async def test_client_cannot_lengthen_a_deadline(start_stack):
         assert response.json()["error"]["code"] == "first_token_timeout"
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan", ""])
+@pytest.mark.parametrize("text", ["0", "0.9", "-1", "soon", "inf", "nan", ""])
 async def test_timeout_that_is_no_number_is_refused(stack, text):
     response = await stack.http.post(PATH, json=REQUEST, headers={"X-Request-Timeout-S": text})
     assert response.status_code == 400
