@@ -200,6 +200,7 @@ class FakeCore:
     def progress(self) -> dict[str, Any]:
         """Return what ``/sala/progress`` says."""
         return {
+            "instance": str(id(self)),
             "step": self.step,
             "requests": {job.request_id: asdict(job.progress()) for job in self.jobs},
             "kv": {

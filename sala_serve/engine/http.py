@@ -1,51 +1,41 @@
-"""The connection to vLLM: one POST a request, its failures as errors of ours."""
+"""Requests to one vLLM server, and their failures as errors of ours."""
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import httpx
 
+from sala_serve.engine.connection import Address, Connection
 from sala_serve.engine.vllm_errors import error_from_vllm
-from sala_serve.errors import EngineLost, EngineTimeout, EngineUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from sala_serve.engine.settings import EngineSettings
+    from sala_serve.errors import GatewayError
 
 _MAX_ERROR_BYTES = 64 * 1024
 
 
-def engine_client(settings: EngineSettings) -> httpx.AsyncClient:
-    """Build an HTTP client for one engine."""
-    # a kept-alive connection may be closed by the engine just as we send on it; a new one costs
-    # microseconds on loopback and a POST of a prompt must not be sent twice. Admission bounds their number
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    socket = None if settings.socket is None else str(settings.socket)
-    return httpx.AsyncClient(
-        base_url=settings.url,
-        transport=httpx.AsyncHTTPTransport(
-            uds=socket,
-            limits=limits,
-            verify=settings.url.startswith("https:"),  # else no time goes into certificates
-        ),
-        headers={"Accept-Encoding": "identity"},  # streams are relayed as they come
-        timeout=httpx.Timeout(
-            settings.read_timeout_s,
-            connect=settings.connect_timeout_s,
-            write=settings.write_timeout_s,
-        ),
-        follow_redirects=False,
-    )
+@dataclass(frozen=True)
+class EngineAnswer:
+    """A whole answer to a question of the gateway's own."""
+
+    status: int
+    body: bytes
 
 
 class EngineReply:
     """An answer of the engine that has begun."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
+    def __init__(self, connection: Connection, read_timeout_s: float) -> None:
+        self._connection = connection
+        self._read_timeout_s = read_timeout_s
 
     async def read(self) -> bytes:
         """Return the whole answer.
@@ -53,21 +43,45 @@ class EngineReply:
         Raises:
             EngineLost, EngineTimeout: it did not come to its end.
         """
-        with _translated_errors():
-            return await self._response.aread()
+        return b"".join([chunk async for chunk in self.chunks()])
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncIterator[bytes]:
         """Yield the answer as it arrives; raises like :meth:`read`."""
-        with _translated_errors():
-            async for chunk in self._response.aiter_raw():
-                yield chunk
+        return self._connection.chunks(timeout_s=self._read_timeout_s)
 
 
 class HttpEngine:
-    """One vLLM server."""
+    """One vLLM server.
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self._client = client
+    Every request has a connection of its own: a kept one may be closed by the engine just as we send on it, a new
+    one costs microseconds, and a POST of a prompt must not be sent twice. Admission bounds their number.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        url = urlsplit(settings.url)
+        is_encrypted = url.scheme == "https"
+        self._address = Address(
+            url.hostname or "",
+            url.port or (443 if is_encrypted else 80),
+            socket=None if settings.socket is None else str(settings.socket),
+            ssl_context=httpx.create_ssl_context() if is_encrypted else None,
+        )
+        self._host = url.netloc.rpartition("@")[2]
+        self._prefix = url.path.rstrip("/")
+        self._settings = settings
+        self._posts: set[Connection] = set()
+        self.has_begun = asyncio.Event()
+        """Set with each request of a client; for who looks at the engine only while it works."""
+
+    @property
+    def num_open(self) -> int:
+        """Requests of clients that are under way."""
+        return len(self._posts)
+
+    def cut_all(self, cause: GatewayError) -> None:
+        """Break off every request of a client; each raises ``cause``."""
+        for connection in self._posts:
+            connection.cut(cause)
 
     @asynccontextmanager
     async def post(
@@ -83,46 +97,66 @@ class HttpEngine:
 
         Raises:
             EngineUnavailable: the engine does not accept connections.
-            EngineLost, EngineTimeout: it gave no answer.
+            EngineLost, EngineTimeout: it gave no answer, or it was found stuck.
             GatewayError: it answered with an error; see :func:`error_from_vllm`.
         """
-        request = self._client.build_request(
-            "POST", path, content=body, headers={"Content-Type": "application/json", **headers}
-        )
-        with _translated_errors():
-            response = await self._client.send(request, stream=True)
+        settings = self._settings
+        all_headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **headers,
+        }
+        connection = Connection()
+        self._posts.add(connection)
+        self.has_begun.set()
         try:
-            if response.status_code != 200:
-                text = await _read_start(response)
-                raise error_from_vllm(response.status_code, text, prompt_field=prompt_field)
-            yield EngineReply(response)
+            await connection.open(self._address, timeout_s=settings.connect_timeout_s)
+            head = self._head("POST", path, all_headers)
+            await connection.send(head, body, timeout_s=settings.write_timeout_s)
+            status = await connection.begin(timeout_s=settings.read_timeout_s)
+            reply = EngineReply(connection, settings.read_timeout_s)
+            if status != 200:
+                text = await _read_start(reply)
+                raise error_from_vllm(status, text, prompt_field=prompt_field)
+            yield reply
         finally:
-            await response.aclose()
+            self._posts.discard(connection)
+            connection.close()
+
+    async def get(self, path: str, *, timeout_s: float) -> EngineAnswer:
+        """Ask a short question; raises as :meth:`post` does, but answers with any status.
+
+        Args:
+            path: for example ``/health``.
+            timeout_s: for each step of it: connecting, and each piece of the answer.
+        """
+        connection = Connection()
+        try:
+            await connection.open(self._address, timeout_s=timeout_s)
+            await connection.send(self._head("GET", path, {}), b"", timeout_s=timeout_s)
+            status = await connection.begin(timeout_s=timeout_s)
+            pieces = [piece async for piece in connection.chunks(timeout_s=timeout_s)]
+            return EngineAnswer(status, b"".join(pieces))
+        finally:
+            connection.close()
+
+    def _head(self, method: str, path: str, headers: Mapping[str, str]) -> bytes:
+        lines = [
+            f"{method} {self._prefix}{path} HTTP/1.1",
+            f"Host: {self._host}",
+            "Accept-Encoding: identity",  # streams are relayed as they come
+            "Connection: close",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        head = "\r\n".join(lines)
+        assert head.count("\r\n") == head.count("\n") == len(lines) - 1
+        return f"{head}\r\n\r\n".encode("latin-1")
 
 
-async def _read_start(response: httpx.Response) -> bytes:
+async def _read_start(reply: EngineReply) -> bytes:
     text = b""
-    with _translated_errors():
-        async for chunk in response.aiter_raw():
-            text += chunk
-            if len(text) > _MAX_ERROR_BYTES:
-                break
+    async for chunk in reply.chunks():
+        text += chunk
+        if len(text) > _MAX_ERROR_BYTES:
+            break
     return text
-
-
-class _translated_errors:  # noqa: N801 - reads as a statement
-    """Turn the HTTP client's failures into errors of ours."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        match error:
-            case httpx.ConnectError() | httpx.ConnectTimeout():
-                raise EngineUnavailable("The engine is not reachable.") from error
-            case httpx.TimeoutException():
-                raise EngineTimeout("The engine did not answer in time.") from error
-            case httpx.TransportError():
-                raise EngineLost(
-                    "The connection to the engine broke before the answer was complete."
-                ) from error

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import httpx
-
-from sala_serve.errors import EngineUnavailable, ModelNotFound
+from sala_serve.errors import EngineLost, EngineTimeout, EngineUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sala_serve.engine.http import HttpEngine
     from sala_serve.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
@@ -47,23 +47,46 @@ class EngineMonitor:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        http: HttpEngine,
         *,
+        engine_id: str,
         metrics: Metrics,
         probe_interval_s: float,
         stuck_after_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._client = client
+        self._http = http
+        self._engine_id = engine_id
         self._metrics = metrics
         self._probe_interval_s = probe_interval_s
         self._stuck_after_s = stuck_after_s
         self._clock = clock
         self._answered_at_s = clock()
         self._num_exits = 0
+        self._was_gone = True
+        self._is_silent = False
+        self._makes_no_progress = False
         self._ready = asyncio.Event()
+        self._on_stuck: Callable[[str], None] = lambda _reason: None
+        self.num_starts = 0
+        """Times that it has become ready as another process than before."""
         self.status = EngineStatus(is_ready=False, reason="engine starting")
-        metrics.engine_up(False)
+        metrics.engine_up(False, engine=engine_id)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it lives and yet does nothing."""
+        return self._is_silent or self._makes_no_progress
+
+    def tell_when_stuck(self, on_stuck: Callable[[str], None]) -> None:
+        """Have ``on_stuck`` called with the reason when the engine is found stuck."""
+        before = self._on_stuck
+
+        def tell(reason: str) -> None:
+            before(reason)
+            on_stuck(reason)
+
+        self._on_stuck = tell
 
     async def run(self) -> None:
         """Probe for ever; cancel to stop."""
@@ -78,72 +101,88 @@ class EngineMonitor:
     def engine_exited(self, reason: str) -> None:
         """Take note at once that the engine's process is gone."""
         self._num_exits += 1
-        self._set_down(reason)
+        self._gone(reason)
 
-    def require_ready(self) -> None:
-        """Raise :class:`EngineUnavailable` unless the engine is ready."""
-        if not self.status.is_ready:
-            raise EngineUnavailable(f"The engine is not ready: {self.status.reason}.")
+    def note_unreachable(self) -> None:
+        """Take note that a request could not connect; the next good probe makes it ready again."""
+        if self.status.is_ready:
+            self._gone("the connection is refused")
 
-    def require_known(self) -> None:
-        """Raise :class:`EngineUnavailable` if the engine has never told its models."""
-        if not self.status.models:
-            self.require_ready()
+    def note_restarted(self) -> None:
+        """Take note that it is another process than a moment ago, though no probe has missed it."""
+        self.num_starts += 1
+        self._makes_no_progress = False
 
-    def require_model(self, name: str) -> ServedModel:
-        """Return the model ``name``, or raise :class:`ModelNotFound` if the engine has no such model."""
-        for model in self.status.models:
-            if model.name == name:
-                return model
-        raise ModelNotFound(
-            f"The model '{name[:100]}' does not exist; /v1/models lists those served.",
-            param="model",
-        )
+    def note_stuck(self, reason: str) -> None:
+        """Take the engine out until :meth:`note_moving` or another process."""
+        self._makes_no_progress = True
+        self._stuck(reason)
+
+    def note_moving(self) -> None:
+        """Take note that the engine makes progress again."""
+        self._makes_no_progress = False
 
     async def probe(self) -> None:
         """Ask the engine once and update :attr:`status`."""
         num_exits = self._num_exits
         try:
-            health = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
+            health = await self._http.get("/health", timeout_s=PROBE_TIMEOUT_S)
             self._answered_at_s = self._clock()
-            if health.status_code != 200:
+            self._is_silent = False
+            if health.status != 200:
                 self._set_down("the engine reports itself unhealthy")
-            elif not self.status.is_ready:
+            elif not self.status.is_ready and not self._makes_no_progress:
                 models = await self._models()
                 if num_exits == self._num_exits:
                     self._set_ready(models)
-        except httpx.TimeoutException:
+        except EngineTimeout:
             # a busy engine answers late (tens of seconds during a long prefill); only silence counts
-            if self._clock() - self._answered_at_s > self._stuck_after_s:
-                self._set_down(f"no answer for more than {self._stuck_after_s:.0f} s")
-        except httpx.HTTPError:
-            if self.status.is_ready:
-                self._set_down("the connection is refused")
+            if not self.is_stuck and self._clock() - self._answered_at_s > self._stuck_after_s:
+                self._is_silent = True
+                self._stuck(f"no answer for more than {self._stuck_after_s:.0f} s")
+        except (EngineUnavailable, EngineLost):
+            self._answered_at_s = self._clock()
+            self._is_silent = False
+            if self.status.is_ready or self.is_stuck:
+                self._gone("the connection is refused")
         except (ValueError, KeyError, TypeError):
             self._set_down("its list of models cannot be read")
 
     async def _models(self) -> tuple[ServedModel, ...]:
-        response = await self._client.get("/v1/models", timeout=PROBE_TIMEOUT_S)
+        answer = await self._http.get("/v1/models", timeout_s=PROBE_TIMEOUT_S)
         models = tuple(
             ServedModel(str(entry["id"]), entry.get("max_model_len"), int(entry.get("created", 0)))
-            for entry in response.raise_for_status().json()["data"]
+            for entry in json.loads(answer.body)["data"]
         )
-        if not models:
+        if answer.status != 200 or not models:
             raise ValueError
         return models
 
     def _set_ready(self, models: tuple[ServedModel, ...]) -> None:
+        if self._was_gone:
+            self._was_gone = False
+            self.num_starts += 1
         self.status = EngineStatus(is_ready=True, reason="", models=models)
         self._ready.set()
-        self._metrics.engine_up(True)
+        self._metrics.engine_up(True, engine=self._engine_id)
         logger.info(
-            "engine ready: %s",
+            "engine %s ready: %s",
+            self._engine_id,
             ", ".join(f"{model.name} max_model_len={model.max_model_len}" for model in models),
         )
 
+    def _gone(self, reason: str) -> None:
+        self._was_gone = True
+        self._is_silent = self._makes_no_progress = False
+        self._set_down(reason)
+
+    def _stuck(self, reason: str) -> None:
+        self._set_down(reason)
+        self._on_stuck(reason)
+
     def _set_down(self, reason: str) -> None:
         if self.status.is_ready:
-            logger.warning("engine down: %s", reason)
+            logger.warning("engine %s down: %s", self._engine_id, reason)
         self.status = replace(self.status, is_ready=False, reason=reason)
         self._ready.clear()
-        self._metrics.engine_up(False)
+        self._metrics.engine_up(False, engine=self._engine_id)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from sala_serve.engine.http import HttpEngine, engine_client
+from sala_serve.engine.http import HttpEngine
 from sala_serve.engine.monitor import EngineMonitor
-from sala_serve.engine.progress import EngineProgress
-from sala_serve.errors import EngineUnavailable, ModelNotFound
+from sala_serve.engine.watch import EngineWatch
+from sala_serve.errors import EngineLost, EngineUnavailable, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from sala_serve.engine.monitor import EngineStatus, ServedModel
-    from sala_serve.engine.progress import RequestProgress
+    from sala_serve.engine.progress import EngineProgress, RequestProgress
     from sala_serve.engine.settings import EngineSettings
     from sala_serve.telemetry import Metrics
 
@@ -46,23 +46,39 @@ class Engine:
     ) -> None:
         self.engine_id = engine_id
         self.url = settings.url
-        # probes have a client of their own, so that no request can hold them up
-        self._clients = engine_client(settings), engine_client(settings)
-        self.client = HttpEngine(self._clients[0])
+        self.client = HttpEngine(settings)
         self.monitor = EngineMonitor(
-            self._clients[1],
+            self.client,
+            engine_id=engine_id,
             metrics=metrics,
             probe_interval_s=settings.probe_interval_s,
             stuck_after_s=settings.stuck_after_s,
             clock=clock,
         )
-        self.look = EngineProgress(step=None)
-        """The last look inside."""
+        self._watch = EngineWatch(
+            self.client,
+            self.monitor,
+            engine_id=engine_id,
+            metrics=metrics,
+            stuck_after_s=settings.stuck_after_s,
+            clock=clock,
+        )
+        self.monitor.tell_when_stuck(self._lose_requests)
 
     @property
     def status(self) -> EngineStatus:
         """Whether it can take work, and its models."""
         return self.monitor.status
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it lives and yet does nothing; then it is not ready either."""
+        return self.monitor.is_stuck
+
+    @property
+    def num_starts(self) -> int:
+        """Times that it has become ready as another process than before: 1 after the first."""
+        return self.monitor.num_starts
 
     @property
     def facts(self) -> EngineFacts:
@@ -75,37 +91,35 @@ class Engine:
         )
 
     @property
+    def look(self) -> EngineProgress:
+        """The last look inside."""
+        return self._watch.look
+
+    @property
     def progress(self) -> Mapping[str, RequestProgress]:
-        """How far its requests have got, by the ``X-Request-Id`` they were sent with."""
+        """How far its requests have got, by the ``X-Request-Id`` they were sent with.
+
+        Empty for an engine without ``/sala/progress``.
+        """
         return self.look.requests
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether it lives and its work does not move."""
-        return False
-
-    @property
-    def num_starts(self) -> int:
-        """How often it has become ready; after each time its prefix cache is empty."""
-        return 1
-
-    @property
     def kv_used_tokens(self) -> int | None:
-        """Tokens that running requests hold; None: not known."""
+        """Tokens that its memory holds for requests; None if it does not say."""
         return self.look.kv_used_tokens
 
     def note_unreachable(self) -> None:
         """Take it out until the next good probe; for who could not connect."""
-        self.monitor.engine_exited("the connection is refused")
+        self.monitor.note_unreachable()
 
     async def run(self) -> None:
         """Watch the engine; cancel to stop."""
-        await self.monitor.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.monitor.run())
+            group.create_task(self._watch.run())
 
-    async def close(self) -> None:
-        """Close its connections."""
-        for client in self._clients:
-            await client.aclose()
+    def _lose_requests(self, _reason: str) -> None:
+        self.client.cut_all(EngineLost("The engine stopped making progress; the answer is lost."))
 
 
 class EnginePool:
@@ -187,11 +201,7 @@ class EnginePool:
                 each.cancel()
 
     async def run(self) -> None:
-        """Watch all engines; cancel to stop. Closes their connections at the end."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for engine in self.engines.values():
-                    group.create_task(engine.run())
-        finally:
+        """Watch all engines; cancel to stop."""
+        async with asyncio.TaskGroup() as group:
             for engine in self.engines.values():
-                await engine.close()
+                group.create_task(engine.run())

@@ -76,6 +76,13 @@ class EngineSupervisor:
         self._print_line = print_line
         self._clock = clock
         self._sleep = sleep
+        self._restart = asyncio.Event()
+        monitor.tell_when_stuck(self.restart)
+
+    def restart(self, reason: str) -> None:
+        """Stop the engine, which is stuck: SIGTERM, and SIGKILL after the policy's grace; then start it again."""
+        logger.error("stopping the engine: %s", reason)
+        self._restart.set()
 
     async def run(self) -> None:
         """Keep the engine running; cancel to stop it, which takes up to the policy's grace.
@@ -120,12 +127,18 @@ class EngineSupervisor:
             await self._monitor.wait_ready()
             ready_at_s = self._clock()
 
+        self._restart.clear()
         async with asyncio.TaskGroup() as group:
             noting = group.create_task(note_ready())
             async with self._process(lines) as process:
-                status = await process.wait()
+                ending = group.create_task(process.wait())
+                stopping = group.create_task(self._restart.wait())
+                await asyncio.wait({ending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                ended_at_s = self._clock()
+                stopping.cancel()
+            status = await ending
             noting.cancel()
-        return status, None if ready_at_s is None else self._clock() - ready_at_s
+        return status, None if ready_at_s is None else ended_at_s - ready_at_s
 
     @asynccontextmanager
     async def _process(self, lines: deque[str]) -> AsyncIterator[Process]:

@@ -7,6 +7,7 @@ import re
 import openai
 import pytest
 
+from sala_serve.engine.connection import Address
 from sala_serve.engine.fake import Behaviour
 
 PATH = "/v1/chat/completions"
@@ -81,7 +82,7 @@ async def test_starting_engine_gives_503_with_retry_after(start_stack):
 async def test_engine_that_vanished_gives_503_even_before_a_probe_notices(start_stack):
     async with start_stack() as stack:
         (engine,) = stack.gateway.pool.engines.values()
-        engine.client._client.base_url = "http://127.0.0.1:9"
+        engine.client._address = Address("127.0.0.1", 9, socket=None, ssl_context=None)
         response = await stack.http.post(PATH, json=REQUEST)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_unavailable"

@@ -1,8 +1,10 @@
-import httpx
+import json
+
 import pytest
 
+from sala_serve.engine.http import EngineAnswer
 from sala_serve.engine.monitor import EngineMonitor
-from sala_serve.errors import EngineUnavailable, ModelNotFound
+from sala_serve.errors import EngineLost, EngineTimeout, EngineUnavailable
 from sala_serve.telemetry import Metrics
 
 MODELS = {"data": [{"id": "m", "created": 5, "max_model_len": 100}]}
@@ -15,58 +17,94 @@ class Engine:
         self.health = 200
         self.models = MODELS
         self.now_s = 0.0
-        transport = httpx.MockTransport(self.answer)
+        self.found_stuck = []
         self.monitor = EngineMonitor(
-            httpx.AsyncClient(transport=transport, base_url="http://engine"),
+            self,
+            engine_id="e",
             metrics=Metrics(),
             probe_interval_s=1.0,
             stuck_after_s=60.0,
             clock=lambda: self.now_s,
         )
+        self.monitor.tell_when_stuck(self.found_stuck.append)
 
-    def answer(self, request):
+    async def get(self, path, *, timeout_s):
         if isinstance(self.health, Exception):
             raise self.health
-        if request.url.path == "/health":
-            return httpx.Response(self.health)
-        return httpx.Response(200, json=self.models)
+        if path == "/health":
+            return EngineAnswer(self.health, b"")
+        return EngineAnswer(200, json.dumps(self.models).encode())
+
+    @property
+    def is_ready(self):
+        return self.monitor.status.is_ready
 
 
 async def test_ready_once_health_and_models_answer():
     engine = Engine()
     assert engine.monitor.status.reason == "engine starting"
-    with pytest.raises(EngineUnavailable):
-        engine.monitor.require_known()
+    assert not engine.is_ready
     await engine.monitor.probe()
-    engine.monitor.require_ready()
-    assert engine.monitor.require_model("m").max_model_len == 100
-    with pytest.raises(ModelNotFound):
-        engine.monitor.require_model("other")
+    assert engine.is_ready
+    assert [model.max_model_len for model in engine.monitor.status.models] == [100]
+    assert engine.monitor.num_starts == 1
 
 
-async def test_refused_connection_is_down_at_once_and_models_stay_known():
+@pytest.mark.parametrize("error", [EngineUnavailable("refused"), EngineLost("reset")])
+async def test_refused_connection_is_down_at_once_and_models_stay_known(error):
     engine = Engine()
     await engine.monitor.probe()
-    engine.health = httpx.ConnectError("refused")
+    engine.health = error
     await engine.monitor.probe()
-    with pytest.raises(EngineUnavailable):
-        engine.monitor.require_ready()
-    engine.monitor.require_known()
+    assert not engine.is_ready
+    assert engine.monitor.status.models
+    engine.health = 200
+    await engine.monitor.probe()
+    assert engine.monitor.num_starts == 2
+    assert engine.found_stuck == []
+
+
+async def test_unreachable_engine_is_out_until_the_next_good_probe():
+    engine = Engine()
+    await engine.monitor.probe()
+    engine.monitor.note_unreachable()
+    assert not engine.is_ready
+    await engine.monitor.probe()
+    assert engine.is_ready
 
 
 async def test_late_answers_are_forgiven_until_the_engine_counts_as_stuck():
     engine = Engine()
     await engine.monitor.probe()
-    engine.health = httpx.ReadTimeout("late")
+    engine.health = EngineTimeout("late")
     engine.now_s = 59.0
     await engine.monitor.probe()
-    assert engine.monitor.status.is_ready
+    assert engine.is_ready
     engine.now_s = 61.0
     await engine.monitor.probe()
-    assert not engine.monitor.status.is_ready
+    assert not engine.is_ready
+    assert engine.monitor.is_stuck
+    assert engine.found_stuck == ["no answer for more than 60 s"]
     engine.health = 200
     await engine.monitor.probe()
-    assert engine.monitor.status.is_ready
+    assert engine.is_ready
+    assert engine.monitor.num_starts == 1
+
+
+async def test_engine_without_progress_is_out_until_it_moves_or_is_another_process():
+    engine = Engine()
+    await engine.monitor.probe()
+    engine.monitor.note_stuck("no progress")
+    await engine.monitor.probe()
+    assert not engine.is_ready
+    engine.monitor.note_moving()
+    await engine.monitor.probe()
+    assert engine.is_ready
+    engine.monitor.note_stuck("no progress")
+    engine.monitor.engine_exited("the engine exited")
+    await engine.monitor.probe()
+    assert engine.is_ready
+    assert engine.monitor.num_starts == 2
 
 
 @pytest.mark.parametrize("models", [{}, {"data": None}, {"data": []}, {"data": [{}]}, []])
@@ -74,12 +112,12 @@ async def test_unreadable_models_are_not_ready(models):
     engine = Engine()
     engine.models = models
     await engine.monitor.probe()
-    assert not engine.monitor.status.is_ready
+    assert not engine.is_ready
 
 
 async def test_exit_of_the_process_is_down_and_says_so():
     engine = Engine()
     await engine.monitor.probe()
     engine.monitor.engine_exited("the engine exited")
-    with pytest.raises(EngineUnavailable, match="the engine exited"):
-        engine.monitor.require_ready()
+    assert not engine.is_ready
+    assert engine.monitor.status.reason == "the engine exited"
