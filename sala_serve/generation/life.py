@@ -142,9 +142,10 @@ class _Life:
             with _cut_after(scope, call.deadlines.total_s, TotalTimeout(message)):
                 self._record.enter(Phase.COUNT)
                 prompt, output_tokens, tier = await self._admitted()
+                work = self._work(prompt, output_tokens, tier)
                 claim = Claim(
                     input_tokens=prompt.num_tokens,
-                    predicted_cached_tokens=0,
+                    predicted_cached_tokens=parts._scheduler.predicted_cached_tokens(work),
                     output_tokens=output_tokens,
                     is_long=prompt.num_tokens > parts._long_prompt_tokens,
                 )
@@ -154,7 +155,7 @@ class _Life:
                     self._updates.note(Reserved(reservation.headers))
                     meter = Meter(prompt.num_tokens)
                     try:
-                        await self._take_turns(self._work(prompt, output_tokens, tier), meter)
+                        await self._take_turns(work, meter)
                     finally:
                         await self._settle(reservation, meter.usage())
 

@@ -138,6 +138,10 @@ class Scheduler(Generic[AnyEngine]):
         job = self._job(work)
         return self._forecasts(job)[job]
 
+    def predicted_cached_tokens(self, work: Work) -> int:
+        """Return how many of its prompt's tokens an engine should find in its prefix cache."""
+        return work.prompt.num_tokens - self._job(work).uncached_tokens
+
     # what a request goes through
 
     def _admit(self, work: Work) -> Job:
