@@ -80,11 +80,18 @@ class Ledger:
         redis: where the ledger is.
         lease_s: how long a reservation lives without being renewed.
         unix_clock: seconds; ``None``: the store's own clock, which all replicas share.
+        on_expired: told how many reservations each step gave back because their leases had ended.
     """
 
     def __init__(
-        self, redis: Redis, *, lease_s: float, unix_clock: Callable[[], float] | None = None
+        self,
+        redis: Redis,
+        *,
+        lease_s: float,
+        unix_clock: Callable[[], float] | None = None,
+        on_expired: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._on_expired = on_expired
         self._redis = redis
         self._lease_ms = round(lease_s * 1000)
         self._unix_clock = unix_clock
@@ -158,6 +165,7 @@ class Ledger:
             ],
         )
         refused_by, wait_ms, at_ms, num_expired, *used = answer
+        self._on_expired(int(num_expired))
         return Verdict(
             refused_by=refused_by.decode() or None,
             wait_ms=int(wait_ms),

@@ -106,7 +106,13 @@ class Limiter:
         self._settings = settings
         self._tier = tier
         self._clock = clock
-        self._ledger = Ledger(state.redis, lease_s=settings.lease_s, unix_clock=unix_clock)
+        self._metrics = metrics or Metrics()
+        self._ledger = Ledger(
+            state.redis,
+            lease_s=settings.lease_s,
+            unix_clock=unix_clock,
+            on_expired=self._metrics.limit_expired,
+        )
         self._unix_clock = unix_clock
         self._local_state: State | None = None
         self._local: Ledger | None = None
@@ -117,7 +123,6 @@ class Limiter:
         self._renewed_at_s = clock()
         self._num_losses_seen = state.num_losses
         self._reconciling = asyncio.Lock()
-        self._metrics = metrics or Metrics()
         self._metrics.at_scrape(
             lambda: self._metrics.set_limit_books(
                 num_reservations=len(self._live), num_unconfirmed=len(self._steps)
@@ -257,7 +262,6 @@ class Limiter:
                 # it may have been made all the same, or be made when Redis thaws
                 self._steps[key] = _Step(tenant, None)
                 raise
-        self._metrics.limit_expired(verdict.num_expired)
         return verdict
 
     async def _take_locally(self, tenant: Tenant, claim: Claim, request_id: str) -> Reservation:

@@ -321,7 +321,8 @@ async def test_replica_that_was_killed_keeps_nothing(state, clock, metrics):
 
 async def test_running_replica_keeps_what_it_holds(state, clock, metrics):
     who = principal(tokens_in_flight=1000, tokens_per_day=5000)
-    limiter, other = make_limiter(state, clock, lease_s=60), make_limiter(state, clock, metrics)
+    limiter = make_limiter(state, clock, metrics, lease_s=60)
+    other = make_limiter(state, clock, metrics)
     async with limiter.reserve(who, claim(900, 50), request_id="r"):
         for _ in range(20):
             clock.now_s += 20
