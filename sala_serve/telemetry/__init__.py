@@ -7,7 +7,7 @@ answer, a key or a body.
 from sala_serve.telemetry.logs import configure_logging
 from sala_serve.telemetry.metrics import LATENCY_BUCKETS_S, Metrics
 from sala_serve.telemetry.record import Phase, RequestRecord, Usage
-from sala_serve.telemetry.report import QUIET_ENDPOINTS, report
+from sala_serve.telemetry.report import report
 from sala_serve.telemetry.settings import TelemetrySettings
 from sala_serve.telemetry.specs import METRICS, EngineLoad, MetricSpec, QueueLoad
 from sala_serve.telemetry.tracing import NO_TRACE, RequestTrace, Tracing, tracing_from_env
@@ -16,7 +16,6 @@ __all__ = [
     "LATENCY_BUCKETS_S",
     "METRICS",
     "NO_TRACE",
-    "QUIET_ENDPOINTS",
     "EngineLoad",
     "MetricSpec",
     "Metrics",

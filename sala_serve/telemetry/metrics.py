@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from sala_serve.telemetry.labels import OTHER, TopLabels
-from sala_serve.telemetry.record import Phase
+from sala_serve.telemetry.record import PROBES, Phase
 from sala_serve.telemetry.specs import METRICS
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class Metrics:
             self._of["prompt_tokens_total"].labels(endpoint).inc(usage.num_prompt_tokens)
             self._of["cached_tokens_total"].labels(endpoint).inc(usage.num_cached_tokens)
             self._of["completion_tokens_total"].labels(endpoint).inc(usage.num_completion_tokens)
-        if record.error_code is not None and Phase.PREFILL not in phases_s:
+        is_before_engine = Phase.PREFILL not in phases_s
+        # a gateway that tells a probe that it is not ready refuses nobody
+        if record.error_code is not None and is_before_engine and endpoint not in PROBES:
             self.refused(record.tenant_id, record.error_code)
         if record.tenant_id is not None:
             self._tenant_finished(record, record.tenant_id, status)

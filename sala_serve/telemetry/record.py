@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from sala_serve.telemetry.tracing import RequestTrace
 
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Endpoints that are polled every few seconds."""
 _SCOPE_KEY = "sala_serve.record"
 
 

@@ -6,15 +6,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sala_serve.errors import ClientDisconnected
+from sala_serve.telemetry.record import PROBES
 
 if TYPE_CHECKING:
     from sala_serve.telemetry.metrics import Metrics
     from sala_serve.telemetry.record import RequestRecord
 
 logger = logging.getLogger("sala_serve.request")
-
-QUIET_ENDPOINTS = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Polled every few seconds: counted, logged at debug level only."""
 
 
 def report(record: RequestRecord, metrics: Metrics) -> None:
@@ -24,7 +22,8 @@ def report(record: RequestRecord, metrics: Metrics) -> None:
         record.status = ClientDisconnected.status
     duration_s = record.finish()
     metrics.request_finished(record, record.status, duration_s)
-    level = logging.DEBUG if record.endpoint in QUIET_ENDPOINTS else logging.INFO
+    # probes are counted, too many lines for a log
+    level = logging.DEBUG if record.endpoint in PROBES else logging.INFO
     if logger.isEnabledFor(level):
         fields = fields_of(record, duration_s)
         logger.log(level, "%s", _as_text(fields), extra={"fields": fields})

@@ -146,6 +146,9 @@ def test_error_before_the_engine_is_a_refusal_and_after_it_is_not(metrics, clock
     finish(metrics, broken, 502)
     unknown = finished_record(clock, error_code="invalid_api_key")
     finish(metrics, unknown, 401)
+    probe = RequestRecord("r", "/readyz", clock.now_s, clock=clock)
+    probe.error_code = "engine_unavailable"
+    finish(metrics, probe, 503)
     refusals = {
         labels: number
         for (name, labels), number in series(metrics).items()
