@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import sys
 import termios
 from contextlib import asynccontextmanager
@@ -116,6 +117,41 @@ async def test_conversation_in_a_terminal_remembers_what_was_said(stack, eventua
         "word0 word1 word2 ",
         "Second?",
     ]
+
+
+async def test_waiting_is_shown_place_first_then_a_bar_that_fills(
+    start_stack, eventually, tmp_path
+):
+    slow = Behaviour(
+        max_model_len=100_000,
+        num_prompt_tokens=None,
+        num_cached_tokens=None,
+        prefill_tokens_per_s=6000,
+    )
+    (tmp_path / "book.txt").write_text("word " * 15_000)
+    arguments = ("--file", str(tmp_path / "book.txt"))
+    config = {"max_long_prefills": 1, "long_prompt_tokens": 5000, "progress_interval_s": 0.2}
+    async with start_stack(slow, **config) as stack, asyncio.TaskGroup() as group:
+        before = {"model": "sala", "prompt": "other " * 6000, "max_tokens": 1}
+        group.create_task(stack.http.post("/v1/completions", json=before, timeout=60))
+        await stack.admitted(1)
+        stack.engine.core.freeze()
+        async with terminal("--url", stack.url, *arguments, "Who?") as (process, shown, _):
+            await eventually(lambda: b"place 1 in the queue" in shown)
+            stack.engine.core.thaw()
+            await eventually(lambda: b"tokens/s" in shown)
+            async with asyncio.timeout(10):
+                assert await process.wait() == 0
+    text = shown.decode()
+    queued, _, rest = text.partition("%")
+    assert "place 1 in the queue" in queued
+    assert "place" not in rest
+    percents = [int(each) for each in re.findall(r"(\d+)%, [\d,]+ of 15,0\d\d tokens", text)]
+    assert percents == sorted(percents)
+    assert len(set(percents)) > 3
+    assert "word0 word1 word2" in rest
+    assert re.search(r"time to first token \d+\.\d\d s \(\d+\.\d\d s in the queue\)", rest)
+    assert re.search(r"prompt 15\d{3} tokens, 0 cached", rest)
 
 
 async def test_no_server_is_one_clear_line():

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 from sala_serve.api.admin_page.overview import GatewayActions
+from sala_serve.api.admin_page.view import Bar
 from sala_serve.engine.fake import Behaviour
 from sala_serve.tenants.model import Limits, Scopes
 
@@ -41,6 +42,32 @@ async def busy(start_stack, eventually, *, num_long=1, **config):
                 yield stack, key, asking
             finally:
                 stack.gateway.running.cut_all()
+
+
+async def test_long_prefill_is_seen_with_its_progress_in_tokens(start_stack, eventually):
+    async with busy(start_stack, eventually) as (stack, key, _):
+        actions = GatewayActions(stack.gateway)
+
+        def progress():
+            (record,) = (each.record for each in stack.gateway.running.snapshot())
+            return getattr(record.note, "done_tokens", None) or 0
+
+        await eventually(lambda: progress() > 2000)
+        view = await actions.overview()
+        (row,) = view.running
+        assert (row.request_id, row.tenant_id, row.phase) == ("long-0", "acme", "prefill")
+        assert row.num_prompt_tokens == 20_000
+        assert 2000 < row.done_tokens < 20_000
+        assert 0 < row.expected_s < 20
+        (engine,) = view.engines
+        assert (engine.state, engine.num_prefilling) == ("ready", 1)
+        assert 0 < engine.prefill_left_tokens < 20_000
+        assert engine.memory.limit == 200_000
+        assert engine.memory.used >= 20_000
+        (tenant,) = view.tenants
+        assert (tenant.tenant_id, tenant.num_running) == ("acme", 1)
+        assert Bar("tokens in flight", 20_005, 50_000) in tenant.limits
+        assert [(each.key_id, each.state) for each in tenant.keys] == [(key.key_id, "active")]
 
 
 async def test_what_waits_has_a_place(start_stack, eventually):
@@ -110,4 +137,5 @@ async def test_scrape_shows_the_load(start_stack, eventually):
         in_prefill = {**labels, "phase": "prefilling"}
         assert await stack.metric("sala_gateway_engine_requests", **in_prefill) == 1
         assert 0 < await stack.metric("sala_gateway_engine_prefill_tokens_left", **labels) <= 20_000
+        assert await stack.metric("sala_gateway_engine_kv_capacity_tokens", **labels) == 200_000
         assert await stack.metric("sala_gateway_service_gap_bound_tokens") > 0
