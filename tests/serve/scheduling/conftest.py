@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from sala_serve.scheduling.play import Play
 from sala_serve.scheduling.settings import SchedulingSettings
-from sala_serve.scheduling.simulation import EngineOptions, Speeds
-from sala_serve.scheduling.virtual_time import run_virtual
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "loadtests"))
+
+from fairness.engine import EngineOptions  # noqa: E402
+from fairness.play import Play  # noqa: E402
+from fairness.speeds import Speeds  # noqa: E402
+from fairness.virtual_time import run_virtual  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-SPEEDS = Speeds((1000,), (1.0,), token_step_s=0.01, step_overhead_s=0.0, request_overhead_s=0.0)
+SPEEDS = Speeds((1000,), (1.0,), token_step_s=0.01)
 """1,000 prompt tokens a second, 100 steps a second."""
 OPTIONS = EngineOptions(
     step_tokens=1024,

@@ -2,14 +2,13 @@
 
 It computes what vLLM with our scheduler would: chunks of prompts and one token of each answer in steps, long
 prefills in small chunks while short requests are about, states kept for reuse at the same places. How long a step
-takes comes from measured times to first token.
+takes comes from measured times (:mod:`fairness.speeds`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,27 +17,7 @@ from sala_serve.tokens.prompt import PREFIX_BLOCK_TOKENS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-
-@dataclass(frozen=True)
-class Speeds:
-    """How long an engine takes."""
-
-    prompt_tokens: tuple[int, ...]
-    prefill_s: tuple[float, ...]
-    """Seconds for prompts of those lengths; between them a straight line."""
-    token_step_s: float
-    """Least time of a step that generates tokens."""
-    step_overhead_s: float = 0.0015
-    """Of each step, beside the work in it."""
-    request_overhead_s: float = 0.018
-    """Of each request, beside its steps."""
-
-    def prefill_until_s(self, num_tokens: int) -> float:
-        """Return the time for a prompt's first ``num_tokens``."""
-        points, times = (0, *self.prompt_tokens), (0.0, *self.prefill_s)
-        idx = min(max(bisect_right(points, num_tokens), 1), len(points) - 1)
-        slope = (times[idx] - times[idx - 1]) / (points[idx] - points[idx - 1])
-        return times[idx - 1] + slope * (num_tokens - points[idx - 1])
+    from fairness.speeds import Speeds
 
 
 @dataclass(frozen=True)
@@ -75,6 +54,7 @@ class SimulatedRequest:
     salt: str
     wanted_output_tokens: int
     submitted_at_s: float
+    priority: int = 0
     phase: str = "waiting"
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -113,6 +93,7 @@ class EngineOptions:
     has_long_rule: bool = True
     state_interval_tokens: int = 65_536
     engine_block_tokens: int = 2048
+    match_unit_tokens: int = 64
 
 
 class SimulatedEngine:
@@ -132,8 +113,8 @@ class SimulatedEngine:
         self.num_starts = 1
         self.is_ready = True
         self.requests: dict[str, SimulatedRequest] = {}
-        self.prefilled_tokens = 0
-        """Computed so far, of all prompts."""
+        self.prefilled: Counter[str] = Counter()
+        """Prompt tokens computed so far, by cache salt, that is by tenant."""
         self._speeds = speeds
         self._clock = clock
         self._options = options or EngineOptions()
@@ -151,15 +132,25 @@ class SimulatedEngine:
         return self.requests
 
     @property
+    def prefilled_tokens(self) -> int:
+        """Prompt tokens computed so far."""
+        return self.prefilled.total()
+
+    @property
     def kv_used_tokens(self) -> int:
         """Held by running requests; shared ones counted for each."""
         return sum(each.num_computed_tokens + each.num_output_tokens for each in self._running)
 
     def submit(
-        self, request_id: str, prompt: SimulatedPrompt, salt: str, output_tokens: int
+        self,
+        request_id: str,
+        prompt: SimulatedPrompt,
+        salt: str,
+        output_tokens: int,
+        priority: int = 0,
     ) -> SimulatedRequest:
-        """Send a request."""
-        request = SimulatedRequest(prompt, salt, output_tokens, self._clock())
+        """Send a request; of those that wait, a smaller priority is looked at earlier."""
+        request = SimulatedRequest(prompt, salt, output_tokens, self._clock(), priority)
         self.requests[request_id] = request
         self._waiting.append(request)
         self._has_work.set()
@@ -188,13 +179,13 @@ class SimulatedEngine:
             chunks = self._schedule(began_at_s)
             # with asynchronous scheduling a step is decided while the one before runs
             self._step_began_at_s = began_at_s
-            step_s = self._speeds.step_overhead_s + sum(
-                self._speeds.prefill_until_s(request.num_computed_tokens + num_tokens)
-                - self._speeds.prefill_until_s(request.num_computed_tokens)
-                for request, num_tokens in chunks.items()
-                if request.num_left
+            await asyncio.sleep(
+                self._speeds.step_s(
+                    (request.num_computed_tokens, num_tokens)
+                    for request, num_tokens in chunks.items()
+                    if request.num_left
+                )
             )
-            await asyncio.sleep(max(step_s, self._speeds.token_step_s))
             self._apply(chunks)
 
     def _is_long(self, request: SimulatedRequest) -> bool:
@@ -203,6 +194,7 @@ class SimulatedEngine:
     def _schedule(self, now_s: float) -> dict[SimulatedRequest, int]:
         options = self._options
         seen = [each for each in self._waiting if each.submitted_at_s <= self._step_began_at_s]
+        seen.sort(key=lambda each: each.priority)
         for request in seen:
             if not request.num_computed_tokens:
                 request.num_computed_tokens = self._hit(request)
@@ -220,8 +212,13 @@ class SimulatedEngine:
             num_tokens = min(request.num_left, budget)
             if self._is_long(request) and not is_quiet:
                 num_tokens = min(num_tokens, options.long_chunk_tokens)
-            interval = options.state_interval_tokens
-            return min(num_tokens, interval - request.num_computed_tokens % interval)
+            interval, unit = options.state_interval_tokens, options.match_unit_tokens
+            num_tokens = min(num_tokens, interval - request.num_computed_tokens % interval)
+            # the state before a prompt's last tokens is kept, so these are a step of their own
+            before_tail = (
+                request.num_prompt_tokens - 1
+            ) // unit * unit - request.num_computed_tokens
+            return min(num_tokens, before_tail) if before_tail > 0 else num_tokens
 
         for request in self._running:
             if is_gap and self._is_long(request):
@@ -252,7 +249,7 @@ class SimulatedEngine:
                 continue
             if request.num_left:
                 request.num_computed_tokens += num_tokens
-                self.prefilled_tokens += num_tokens
+                self.prefilled[request.salt] += num_tokens
                 self._keep(request)
                 if request.num_left:
                     continue

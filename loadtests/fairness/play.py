@@ -5,26 +5,28 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sala_serve.scheduling.scheduler import Scheduler
-from sala_serve.scheduling.settings import SchedulingSettings
-from sala_serve.scheduling.simulation import (
+from fairness.engine import (
     EngineOptions,
     Facts,
     SimulatedEngine,
     SimulatedPool,
     SimulatedPrompt,
-    Speeds,
 )
+from sala_serve.scheduling.scheduler import Scheduler
+from sala_serve.scheduling.settings import SchedulingSettings
 from sala_serve.scheduling.work import Work
 from sala_serve.tokens.prompt import PREFIX_BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import TracebackType
 
+    from fairness.speeds import Speeds
     from sala_serve.scheduling.work import Waiting
+
+T = TypeVar("T")
 
 POLL_S = 0.5
 """Between two looks at an engine's progress."""
@@ -57,12 +59,10 @@ async def serve(
     output_tokens: int,
     clock: Callable[[], float],
     *,
-    request_overhead_s: float = 0.0,
     poll_s: float = POLL_S,
 ) -> Outcome:
     """Do with a request what the gateway does: wait for its turn, send it, report how it goes."""
     work = outcome.work
-    await asyncio.sleep(request_overhead_s)
     while True:
         async with scheduler.turn(
             work, lambda waiting: outcome.told.append((clock(), waiting))
@@ -72,7 +72,9 @@ async def serve(
                 outcome.predicted_cached_tokens = turn.predicted_cached_tokens
             engine = turn.engine
             prompt = SimulatedPrompt(work.prompt.num_tokens, work.prompt.block_hashes)
-            request = engine.submit(work.request_id, prompt, turn.cache_salt, output_tokens)
+            request = engine.submit(
+                work.request_id, prompt, turn.cache_salt, output_tokens, turn.vllm_priority
+            )
             try:
                 for event in (request.has_first_token, request.is_done):
                     while not event.is_set() and not turn.must_give_way:
@@ -140,7 +142,6 @@ class Play:
             clock=clock,
         )
         self.outcomes: list[Outcome] = []
-        self._speeds = speeds
         self._poll_s = poll_s
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[object]] = []
@@ -148,7 +149,7 @@ class Play:
     async def __aenter__(self) -> Play:
         await self._group.__aenter__()
         for engine in self.engines:
-            self._tasks.append(self._group.create_task(engine.run()))
+            self.run(engine.run())
         return self
 
     async def __aexit__(
@@ -160,6 +161,12 @@ class Play:
         for task in self._tasks:
             task.cancel()
         await self._group.__aexit__(kind, error, trace)
+
+    def run(self, doing: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Let something go on until the end of the block."""
+        task = self._group.create_task(doing)
+        self._tasks.append(task)
+        return task
 
     def blocks(self, num_tokens: int) -> tuple[bytes, ...]:
         """Return the hashes of a text that no other prompt has."""
@@ -194,15 +201,6 @@ class Play:
         """Send a request; the answer is as long as it may be."""
         outcome = Outcome(work)
         self.outcomes.append(outcome)
-        task = self._group.create_task(
-            serve(
-                self.scheduler,
-                outcome,
-                work.output_tokens,
-                self.clock,
-                request_overhead_s=self._speeds.request_overhead_s,
-                poll_s=self._poll_s,
-            )
+        return self.run(
+            serve(self.scheduler, outcome, work.output_tokens, self.clock, poll_s=self._poll_s)
         )
-        self._tasks.append(task)
-        return task
