@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from sala_serve.engine.http import HttpEngine
 from sala_serve.engine.monitor import EngineMonitor
 from sala_serve.engine.watch import EngineWatch
-from sala_serve.errors import EngineLost, EngineUnavailable, ModelNotFound
+from sala_serve.errors import EngineStuck, EngineUnavailable, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +119,7 @@ class Engine:
             group.create_task(self._watch.run())
 
     def _lose_requests(self, _reason: str) -> None:
-        self.client.cut_all(EngineLost("The engine stopped making progress; the answer is lost."))
+        self.client.cut_all(EngineStuck("The engine stopped making progress; the answer is lost."))
 
 
 class EnginePool:

@@ -26,11 +26,12 @@ STUB = Path(__file__).parent / "stub_vllm.py"
 class Bench:
     """A supervisor of the stub, with what it did."""
 
-    def __init__(self, stub, mode, policy):
+    def __init__(self, stub, mode, policy, **engine_settings):
         socket = stub.folder / "engine.sock"
         self.lines = []
         self.delays_s = []
         engine = {"url": "http://engine", "socket": socket, "probe_interval_s": 0.02}
+        engine |= engine_settings
         self.gateway = Gateway.create(Settings(engines=(engine,)))
         argv = (sys.executable, str(STUB), "--uds", str(socket), "--served-model-name", "sala")
         self.supervisor = EngineSupervisor(
@@ -61,8 +62,8 @@ class Bench:
 
 @pytest.fixture
 def bench(stub):
-    def make(mode, policy=None):
-        return Bench(stub, mode, policy or RestartPolicy(stop_grace_s=3))
+    def make(mode, policy=None, **engine_settings):
+        return Bench(stub, mode, policy or RestartPolicy(stop_grace_s=3), **engine_settings)
 
     return make
 
@@ -110,6 +111,33 @@ async def test_dead_engine_is_restarted_and_its_workers_are_gone(bench, stub, ev
         await eventually(lambda: worker not in stub.alive())
         await it.ready()
     assert it.delays_s == [1.0]
+    await eventually(lambda: not stub.alive())
+
+
+async def test_stuck_engine_is_stopped_and_started_again(bench, stub, eventually):
+    it = bench("ok")
+    async with it.running():
+        await it.ready()
+        before = stub.pids()
+        it.gateway.monitor.note_stuck("no progress for more than 60 s")
+        assert it.gateway.monitor.is_stuck
+        await eventually(lambda: len(stub.pids()) == 4)
+        await eventually(lambda: set(stub.alive()).isdisjoint(before))
+        await it.ready()
+        assert not it.gateway.monitor.is_stuck
+        assert it.gateway.monitor.num_starts == 2
+    assert it.delays_s == [1.0]
+
+
+async def test_frozen_process_is_found_by_its_silence_and_replaced(bench, stub, eventually):
+    it = bench("ok", RestartPolicy(stop_grace_s=0.3), stuck_after_s=0.5)
+    async with it.running():
+        await it.ready()
+        engine, _ = before = stub.pids()
+        os.kill(engine, signal.SIGSTOP)
+        await eventually(lambda: len(stub.pids()) == 4)
+        await eventually(lambda: set(stub.alive()).isdisjoint(before))
+        await it.ready()
     await eventually(lambda: not stub.alive())
 
 
