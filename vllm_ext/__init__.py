@@ -26,6 +26,9 @@ def register() -> None:
     from sala_kernels.spec import ARCHITECTURE, MODEL_TYPE
     from vllm_ext.hf_config import SalaConfig
     from vllm_ext.models.limits import SalaLimits
+    from vllm_ext.progress import choose_folder
+
+    choose_folder()
 
     AutoConfig.register(MODEL_TYPE, SalaConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "vllm_ext.models.sala:SalaForCausalLM")

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_ext.progress import ProgressFile
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 OPTIONS_KEY = "sala_scheduler"
@@ -90,6 +94,9 @@ class _SharedSteps(Scheduler):
         self._num_long_steps_since_gap = self._options.long_steps_per_gap
         self._num_uncached_tokens: dict[str, int] = {}
         self._misfit: _Misfit | None = None
+        self._progress = ProgressFile.of_engine(vllm_config)
+        if self._progress is not None:
+            self._progress.step_ended(self, num_tokens=0)
         # of the step being scheduled
         self._num_gap_steps = 0
         self._chunk_limit_tokens: int | None = None
@@ -102,7 +109,24 @@ class _SharedSteps(Scheduler):
         self._begin_step()
         output = super().schedule(throttle_prefills)
         self._end_step(num_admitted=len(output.scheduled_new_reqs))
+        if self._progress is not None:
+            self._progress.step_begins(self, output.total_num_scheduled_tokens)
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Take a step's results; see the base class."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._progress is not None:
+            self._progress.step_ended(self, scheduler_output.total_num_scheduled_tokens)
+        return outputs
+
+    def shutdown(self) -> None:
+        """End; see the base class."""
+        if self._progress is not None:
+            self._progress.remove()
+        super().shutdown()
 
     def _begin_step(self) -> None:
         options, now_s = self._options, time.monotonic()

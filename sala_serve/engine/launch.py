@@ -29,6 +29,13 @@ _PROCESS_LAYOUT_VARIABLES = (
 )
 KEEP_ALIVE_S = 15
 """Silence on a stream after which vLLM sends a comment; proxies cut idle connections after 30 to 60 s."""
+PROGRESS_PLUGIN = "sala_progress"
+"""Serves ``/sala/progress``; vLLM loads such plugins by name only."""
+PROGRESS_FOLDER_VARIABLE = "SALA_VLLM_PROGRESS_FOLDER"
+_PLUGIN_GROUPS = tuple(
+    f"vllm.{kind}_plugins" for kind in ("general", "io_processor", "platform", "stat_logger")
+)
+"""Those that vLLM loads without being told their names, unless it is told some."""
 RESERVED_FLAGS = (
     *("--api-key", "--host", "--model", "--port", "--root-path", "--served-model-name"),
     *("--ssl-certfile", "--ssl-keyfile", "--uds"),
@@ -106,13 +113,17 @@ def engine_command(
     argv += ["--uds", str(socket), "--served-model-name", options.served_model_name]
     argv += ["--max-model-len", options.max_model_len or "auto"]
     argv += ["--enable-prompt-tokens-details", "--sse-keep-alive-interval", str(KEEP_ALIVE_S)]
-    argv += ["--disable-access-log-for-endpoints", "/health,/metrics"]
+    argv += ["--disable-access-log-for-endpoints", "/health,/metrics,/sala/progress"]
+    # the gateway sends each request's place among all tenants'; without this vLLM refuses it
+    argv += ["--scheduling-policy", "priority"]
     if dtype := options.dtype or (None if on_gpu else "float32"):
         argv += ["--dtype", dtype]
     if options.tensor_parallel_size is not None:
         argv += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
     # the gateway's settings, keys among them, are not the engine's business
     engine_env = {name: value for name, value in env.items() if not name.startswith(PREFIX)}
+    engine_env["VLLM_PLUGINS"] = ",".join(_plugins(engine_env.get("VLLM_PLUGINS")))
+    engine_env[PROGRESS_FOLDER_VARIABLE] = str(socket.parent)
     if on_gpu:
         argv += ["--max-num-batched-tokens", str(GPU_STEP_TOKENS)]
     else:
@@ -131,6 +142,18 @@ def engine_command(
             engine_env.setdefault("OMP_NUM_THREADS", str(num_physical_cores()))
             engine_env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return EngineCommand((*argv, *options.extra), engine_env)
+
+
+def _plugins(chosen: str | None) -> list[str]:
+    """Return the plugins to load: those chosen, else all that are installed, and ours beside them."""
+    if chosen is None:
+        entries = [
+            entry for group in _PLUGIN_GROUPS for entry in metadata.entry_points(group=group)
+        ]
+        names = sorted(entry.name for entry in entries)
+    else:
+        names = [name for name in chosen.split(",") if name]
+    return list(dict.fromkeys([*names, PROGRESS_PLUGIN]))
 
 
 def _names(extra: Sequence[str]) -> list[str]:

@@ -1,3 +1,4 @@
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,22 @@ from sala_serve.engine.launch import (
 )
 
 SOCKET = Path("/run/engine.sock")
+
+
+PROGRESS_ENV = {
+    "VLLM_PLUGINS": "sala,theirs,sala_progress",
+    "SALA_VLLM_PROGRESS_FOLDER": "/run",
+}
+
+
+@pytest.fixture(autouse=True)
+def installed_plugins(monkeypatch):
+    names = {"vllm.general_plugins": ["sala"], "vllm.platform_plugins": ["theirs"]}
+
+    def entry_points(*, group):
+        return [EntryPoint(name, "module:attribute", group) for name in names.get(group, [])]
+
+    monkeypatch.setattr(launch.metadata, "entry_points", entry_points)
 
 
 def command(on_gpu=False, env=None, **options):
@@ -29,7 +46,7 @@ def test_cpu_gets_what_suits_a_small_machine():
     assert "--enforce-eager" in it.argv
     assert value(it.argv, "--kv-cache-memory-bytes") == str(1 << 30)
     assert value(it.argv, "--distributed-executor-backend") == "uni"
-    assert it.env == {
+    assert it.env == PROGRESS_ENV | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(num_physical_cores()),
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -76,7 +93,7 @@ def test_gpu_gets_vllms_own_defaults_and_steps_of_whole_blocks():
     assert "--dtype" not in it.argv
     assert "--enforce-eager" not in it.argv
     assert "--kv-cache-memory-bytes" not in it.argv
-    assert it.env == {}
+    assert it.env == PROGRESS_ENV
 
 
 def test_users_choices_win():
@@ -90,6 +107,18 @@ def test_users_choices_win():
     assert value(it.argv, "--tensor-parallel-size") == "2"
     assert list(it.argv[-2:]) == extra
     assert it.env["VLLM_CPU_KVCACHE_SPACE"] == "40"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "loaded"),
+    [("", "sala_progress"), ("sala,x", "sala,x,sala_progress"), ("sala_progress", "sala_progress")],
+)
+def test_users_choice_of_plugins_is_kept_and_ours_added(chosen, loaded):
+    assert command(env={"VLLM_PLUGINS": chosen}).env["VLLM_PLUGINS"] == loaded
+
+
+def test_engine_takes_the_priorities_that_the_gateway_sends():
+    assert value(command().argv, "--scheduling-policy") == "priority"
 
 
 def test_engine_does_not_see_the_gateways_keys():
