@@ -12,11 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from sala_serve.api.generate import generation_routes
 from sala_serve.api.load import watch_load
 from sala_serve.api.openapi import OPENAPI_PATH, openapi_document
+from sala_serve.api.responses import responses_router
 from sala_serve.api.status import status_routes
 from sala_serve.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
 from sala_serve.middleware import AuthMiddleware, RecordMiddleware
@@ -52,6 +53,7 @@ def build_app(gateway: Gateway) -> FastAPI:
         },
         lifespan=lifespan,
     )
+    app.include_router(responses_router(gateway))
     document = openapi_document(app, version=metadata.version("sala-serve"))
     app.router.routes.append(_openapi_route(json.dumps(document).encode()))
     app.user_middleware = [
@@ -72,6 +74,14 @@ def _openapi_route(content: bytes) -> Route:
         return Response(content, media_type="application/json")
 
     return Route(OPENAPI_PATH, show, methods=["GET"])
+
+
+def _allowed(request: Request) -> str:
+    """Return the methods of a path; the router knows only those of the first route it found."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    same = [route for route in matching if route.path_format == matching[0].path_format]
+    return ", ".join(sorted({method for route in same for method in route.methods or ()}))
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -99,6 +109,8 @@ async def _answer_routing_error(request: Request, error: Exception) -> Response:
         case 405:
             message = "This path needs another method."
             response = await _answer_error(request, MethodNotAllowed(message))
+            response.headers["Allow"] = _allowed(request)
+            return response
         case _:
             message = "The request cannot be understood."
             response = await _answer_error(request, InvalidRequest(message))

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from sala_serve.config import ConfigError
 from sala_serve.engine.pool import EnginePool
-from sala_serve.generation import Generations
+from sala_serve.generation import Deadlines, Generations
 from sala_serve.generation.shared import SharedAnswers
+from sala_serve.jobs.adapter import GenerationEngines
+from sala_serve.jobs.service import Jobs
 from sala_serve.running import RunningRequests
 from sala_serve.scheduling.scheduler import Scheduler
 from sala_serve.state import State
@@ -55,6 +57,7 @@ class Gateway:
     answers: SharedAnswers
     running: RunningRequests
     uploads: Uploads
+    jobs: Jobs
 
     @classmethod
     def create(cls, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> Gateway:
@@ -94,20 +97,35 @@ class Gateway:
         )
         uploads = Uploads(settings.server)
         metrics.at_scrape(lambda: metrics.set_buffered_bytes(uploads.num_buffered_bytes))
+        keys = KeyRing(
+            state,
+            settings.tenants,
+            secret=secret,
+            static_keys=settings.server.api_keys.values,
+            has_admin=settings.admin.token is not None,
+            clock=clock,
+        )
+        tracing = tracing_from_env(os.environ)
+        engines = GenerationEngines(
+            generations,
+            counter,
+            pool,
+            keys,
+            tenants=settings.tenants,
+            bodies=settings.bodies,
+            deadlines=Deadlines(**settings.deadlines.model_dump()),
+            settings=settings.jobs,
+            metrics=metrics,
+            tracing=tracing,
+            clock=clock,
+        )
         return cls(
             settings=settings,
             clock=clock,
             metrics=metrics,
-            tracing=tracing_from_env(os.environ),
+            tracing=tracing,
             state=state,
-            keys=KeyRing(
-                state,
-                settings.tenants,
-                secret=secret,
-                static_keys=settings.server.api_keys.values,
-                has_admin=settings.admin.token is not None,
-                clock=clock,
-            ),
+            keys=keys,
             limiter=limiter,
             pool=pool,
             counter=counter,
@@ -117,6 +135,7 @@ class Gateway:
             answers=SharedAnswers(generations, retry_grace_s=settings.server.retry_grace_s),
             running=RunningRequests(settings.server.max_running_requests),
             uploads=uploads,
+            jobs=Jobs(settings.jobs, state=state, engines=engines, metrics=metrics, clock=clock),
         )
 
     @property
@@ -133,9 +152,12 @@ class Gateway:
                 if isinstance(self.counter, CheckedTokenCounter):
                     works.append(self.counter.run())
                 tasks = [group.create_task(work) for work in works]
+                jobs = group.create_task(self.jobs.run())
                 try:
                     yield
                 finally:
+                    jobs.cancel()  # first, since what still runs is handed back
+                    await asyncio.wait({jobs})
                     for task in tasks:
                         task.cancel()
         finally:

@@ -146,6 +146,7 @@ async def serve(
     def on_signal() -> None:
         if stop.is_set():
             logger.warning("second signal: cutting %d running requests", gateway.running.cut_all())
+            gateway.jobs.cut()
         stop.set()
 
     async def announce() -> None:
@@ -186,5 +187,15 @@ async def serve(
 async def _drain(gateway: Gateway) -> None:
     timeout_s = gateway.settings.server.drain_timeout_s
     logger.info("stopping: %d requests run, %.0f s to finish", len(gateway.running), timeout_s)
-    if num_cut := await gateway.running.drain(timeout_s):
-        logger.warning("cut %d requests that did not finish in time", num_cut)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_drain_jobs(gateway, timeout_s))
+        if num_cut := await gateway.running.drain(timeout_s):
+            logger.warning("cut %d requests that did not finish in time", num_cut)
+
+
+async def _drain_jobs(gateway: Gateway, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await gateway.jobs.drain()
+    except TimeoutError:
+        logger.warning("%d jobs did not finish in time", gateway.jobs.num_running)

@@ -87,7 +87,7 @@ class GenerationEndpoint:
                         trace_headers=record.trace.headers(request.headers),
                     )
                     if generation.is_stream:
-                        as_event = _wants_events(request.headers)
+                        as_event = wants_events(request.headers)
                         work = self._stream(call, running, writer, as_event=as_event)
                         await running.while_client_stays(work, receive)
                         await writer.finish()
@@ -225,7 +225,8 @@ def _idempotency_key(headers: Headers) -> str | None:
     return key
 
 
-def _wants_events(headers: Headers) -> bool:
+def wants_events(headers: Headers) -> bool:
+    """Return whether progress is to come as events; else :class:`InvalidRequest` for an unknown word."""
     wanted = headers.get(PROGRESS_HEADER, "comments").lower()
     if wanted not in ("comments", "events"):
         raise InvalidRequest(f"{PROGRESS_HEADER}: expected events or comments.")

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from sala_serve import errors
+from sala_serve.api.responses import CreateResponse
 from sala_serve.errors import GatewayError
 
 if TYPE_CHECKING:
@@ -144,7 +145,17 @@ class Event(BaseModel):
     event: Literal["message", "sala.progress"] = "message"
 
 
-_MODELS = (ErrorBody, Event, ChatRequest, CompletionRequest, Answer, ModelList, ModelEntry, Health)
+_MODELS = (
+    CreateResponse,
+    ErrorBody,
+    Event,
+    ChatRequest,
+    CompletionRequest,
+    Answer,
+    ModelList,
+    ModelEntry,
+    Health,
+)
 
 
 def openapi_document(app: FastAPI, *, version: str) -> dict[str, Any]:

@@ -5,32 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from sala_serve.generation.call import Reserved
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
+    from sala_serve.bodies import Generation
+    from sala_serve.generation.call import Deadlines, Path
+    from sala_serve.telemetry import RequestRecord
     from sala_serve.tenants.model import Principal
-
-Path = Literal["/v1/chat/completions", "/v1/completions"]
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One generation that a job or a stored response needs; always streamed by the engine."""
+    """One generation that a job or a stored response needs."""
 
     principal: Principal
     path: Path
     document: Mapping[str, Any] = field(repr=False)
-    """The body for the engine, as a client would send it."""
+    """The body for the engine, as a client would send it; ``stream`` decides what is heard."""
     request_id: str
-    lane: Literal["interactive", "background", "batch"] = "interactive"
+    endpoint: str = "/v1/responses"
+    """For the record: what the client asked for."""
+    is_batch: bool = False
     trace_headers: Mapping[str, str] = field(default_factory=dict)
+    record: RequestRecord | None = None
+    """Of the request that waits for the answer; ``None``: nobody waits, so a record of its own is made."""
+    deadlines: Deadlines | None = None
+    """Of the client that waits; ``None``: nobody waits."""
+    generation: Generation | None = field(default=None, repr=False)
+    """``document``, checked and written for the engine; ``None``: not yet."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a generation stands before its first token; what is not known is ``None``."""
+    """Where a generation stands while it has nothing to say; what is not known is ``None``."""
 
-    phase: Literal["queued", "prefill"]
+    phase: Literal["counting", "queued", "prefill", "decoding"]
     place: int | None = None
     """In the queue, from 1."""
     ahead_tokens: int | None = None
@@ -45,20 +56,26 @@ class Progress:
         """Return what is known, for a client."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def comment(self) -> bytes:
-        """Return it as a line of a stream that every client ignores."""
-        rest = " ".join(
-            f"{name}={value:.0f}" for name, value in self.fields().items() if name != "phase"
-        )
-        return f": {self.phase} {rest}\n\n".encode()
+
+Piece = Progress | Reserved | dict[str, Any]
 
 
-class Generate(Protocol):
-    """Runs one generation; closing the generator early stops the engine.
+class Engines(Protocol):
+    """Runs generations for jobs."""
 
-    Yields progress and then each chunk of the engine's stream as its JSON object, the last one with
-    ``usage``. Raises :class:`~sala_serve.errors.GatewayError`.
-    """
+    def check(self, request: EngineRequest) -> EngineRequest:
+        """Return ``request`` ready to run. Called in a thread: a body has megabytes.
 
-    def __call__(self, request: EngineRequest) -> AsyncGenerator[Progress | Mapping[str, Any]]:
-        """Start a generation."""
+        Raises:
+            RequestError: what :meth:`run` would start with, as far as that is known already.
+        """
+
+    def run(self, request: EngineRequest) -> AsyncGenerator[Piece]:
+        """Run one generation; closing the generator early stops the engine.
+
+        Yields progress, once the headers of its reservation, and each chunk of a stream (the last one has ``usage``) or the one whole answer.
+        Raises :class:`~sala_serve.errors.GatewayError`.
+        """
+
+    async def count_tokens(self, principal: Principal, document: Mapping[str, Any]) -> int:
+        """Return how many prompt tokens a chat has; raises GatewayError."""

@@ -14,7 +14,7 @@ milliseconds of Redis' own clock, unless a caller gives one, so that replicas ne
     sala:jobs:LANE:tenants   zset    tenants with such jobs, by the turn they last had
     sala:jobs:LANE:delayed   zset    jobs that wait for another attempt, by when it is due
     sala:jobs:LANE:leases    zset    jobs that run, by when their lease ends
-    sala:jobs:dead           stream  jobs given up after their last attempt
+    sala:jobs:LANE:dead      stream  jobs given up after their last attempt
 """
 
 _PRELUDE = """
@@ -169,7 +169,7 @@ redis.call('PEXPIRE', job .. ':input', ARGV[6])
 redis.call('PEXPIRE', job .. ':events', ARGV[7])
 redis.call('PEXPIRE', job .. ':lines', ARGV[6])
 if ARGV[9] ~= '' then
-    redis.call('XADD', 'sala:jobs:dead', 'MAXLEN', '~', 1000, '*', 'job', id, 'lane', known[2],
+    redis.call('XADD', 'sala:jobs:' .. known[2] .. ':dead', 'MAXLEN', '~', 1000, '*', 'job', id,
         'tenant', known[3], 'because', ARGV[9])
 end
 return 1
@@ -221,6 +221,16 @@ return 1
 """
 )
 
+COUNTS = """
+-- lane; answers how many jobs wait, run, and were given up
+local lane = 'sala:jobs:' .. ARGV[1]
+local waiting = redis.call('ZCARD', lane .. ':delayed')
+for _, tenant in ipairs(redis.call('ZRANGE', lane .. ':tenants', 0, -1)) do
+    waiting = waiting + redis.call('LLEN', lane .. ':ready:' .. tenant)
+end
+return {waiting, redis.call('ZCARD', lane .. ':leases'), redis.call('XLEN', lane .. ':dead')}
+"""
+
 SHELF_PUT = (
     _PRELUDE
     + """
@@ -257,10 +267,11 @@ return {1, victims}
 SHELF_SET = (
     _PRELUDE
     + """
--- shelf id bytes now keep_ms: the object has this size now and can be dropped after keep_ms
-local shelf, id, bytes = ARGV[1], ARGV[2], tonumber(ARGV[3])
+-- shelf id bytes now keep_ms: the object has this size now (if given) and may go after keep_ms
+local shelf, id = ARGV[1], ARGV[2]
 local old = redis.call('HGET', shelf .. ':bytes', id)
 if not old then return 0 end
+local bytes = tonumber(ARGV[3] ~= '' and ARGV[3] or old)
 redis.call('HSET', shelf .. ':bytes', id, ms(bytes))
 redis.call('INCRBY', shelf .. ':total', ms(bytes - tonumber(old)))
 redis.call('ZADD', shelf .. ':expiry', ms(now_ms(ARGV[4]) + tonumber(ARGV[5])), id)

@@ -12,6 +12,8 @@ class JobsSettings(Section):
     """Background responses this replica has handed to the scheduler at once; more wait in Redis."""
     max_running_batches: PositiveInt = 4
     """Batches this replica runs at once."""
+    batch_tier: str = "batch"
+    """Service tier of the lines of batches, if `tenants.tiers` has it; else the tenant's own."""
     batch_concurrency: PositiveInt = 8
     """Lines of one batch that run at once."""
     lease_s: Seconds = 10.0

@@ -63,11 +63,14 @@ class Shelf:
             )
         return [each.decode() for each in evicted]
 
-    async def keep(self, tenant_id: str, object_id: str, num_bytes: int, *, keep_s: float) -> None:
-        """Note an object's final size, and that it may go after ``keep_s``."""
+    async def keep(
+        self, tenant_id: str, object_id: str, num_bytes: int | None = None, *, keep_s: float
+    ) -> None:
+        """Note that an object may go after ``keep_s``, and its final size if that is new."""
+        size = "" if num_bytes is None else num_bytes
         with self._state.guarded():
             await self._set(
-                args=[self._key(tenant_id), object_id, num_bytes, self._now(), int(keep_s * 1000)]
+                args=[self._key(tenant_id), object_id, size, self._now(), int(keep_s * 1000)]
             )
 
     async def remove(self, tenant_id: str, object_id: str) -> None:

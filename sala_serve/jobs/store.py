@@ -58,6 +58,7 @@ class JobStore:
         self._finish = redis.register_script(scripts.FINISH)
         self._release = redis.register_script(scripts.RELEASE)
         self._delete = redis.register_script(scripts.DELETE)
+        self._counts = redis.register_script(scripts.COUNTS)
         self._line = redis.register_script(scripts.LINE)
         self.shelves: Mapping[str, Shelf] = {
             "response": Shelf(
@@ -229,6 +230,8 @@ class JobStore:
         with self._state.guarded():
             await self._state.redis.pexpire(f"sala:job:{job.job_id}", keep_ms)
             await self._state.redis.pexpire(f"sala:job:{job.job_id}:input", keep_ms)
+        keep_s = self._keep_s(job.lane)
+        await self.shelves[job.lane].keep(job.tenant_id, job.job_id, keep_s=keep_s)
 
     async def events(self, job_id: str, after: int) -> list[Event]:
         """Return stored events with a sequence number above ``after``, some hundreds at a time."""
@@ -428,6 +431,13 @@ class JobStore:
         """Forget the results of the lines, which are in files now."""
         with self._state.guarded():
             await self._state.redis.unlink(f"sala:job:{job_id}:lines")
+
+    async def counts(self, lane: Lane) -> Mapping[str, int]:
+        """Return how many jobs of a lane are ``queued``, ``in_progress`` and ``dead``."""
+        with self._state.guarded():
+            answer = await cast("Any", self._counts(args=[lane]))
+        names = (Status.QUEUED.value, Status.RUNNING.value, "dead")
+        return dict(zip(names, map(int, answer), strict=True))
 
     # inside
 

@@ -54,6 +54,8 @@ class Held:
         """Set when the job's owner wants it cancelled and leaves it to the worker."""
         self.is_lost = False
         """Whether the lease is void, so that nothing may be written any more."""
+        self.has_begun = False
+        """Whether an engine works on it, so that another replica would have to begin again."""
 
 
 class Runner(Protocol):
@@ -117,11 +119,10 @@ class Workers:
         """Wait until no job runs here."""
         await self._idle.wait()
 
-    def lose(self, job_id: str) -> None:
-        """Stop a job of this replica at once whose lease has become void."""
+    def hand_back_waiting(self) -> None:
+        """Give the jobs back that no engine works on yet."""
         for task, held in self._tasks.items():
-            if held.lease.job_id == job_id:
-                held.is_lost = True
+            if not held.has_begun:
                 task.cancel()
 
     async def _take(

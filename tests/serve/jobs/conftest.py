@@ -1,0 +1,99 @@
+"""A stand-in for the engines as jobs see them: what it says, how long it waits and how it fails is set."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sala_serve.errors import ModelNotFound
+from sala_serve.jobs.running import EngineRequest, Progress
+from sala_serve.tenants.model import Principal, Tenant
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping
+
+USAGE = {
+    "prompt_tokens": 9,
+    "completion_tokens": 3,
+    "total_tokens": 12,
+    "prompt_tokens_details": {"cached_tokens": 4},
+}
+
+
+def text_chunks(*words: str, finish: str = "stop") -> list[dict[str, Any]]:
+    """A streamed chat that says ``words``, as vLLM sends it."""
+    deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in words)]
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    return [*chunks, {"choices": [], "usage": USAGE}]
+
+
+@dataclass
+class ScriptedEngines:
+    """Plays ``pieces``: chunks are yielded, an event is waited for, an exception is raised."""
+
+    pieces: list[Any] = field(default_factory=lambda: text_chunks("Hello ", "world"))
+    later: list[list[Any]] = field(default_factory=list)
+    """What the following runs play instead."""
+    requests: list[EngineRequest] = field(default_factory=list)
+    waits_as: str = "prefill"
+    num_running: int = 0
+    num_stopped: int = 0
+    """Runs that were closed before their end."""
+
+    def check(self, request: EngineRequest) -> EngineRequest:
+        if request.document["model"] != "sala":
+            raise ModelNotFound("There is no such model.")
+        return request
+
+    async def run(self, request: EngineRequest) -> AsyncGenerator[Progress | dict[str, Any]]:
+        self.requests.append(request)
+        pieces = self.pieces
+        if self.later:
+            self.pieces = self.later.pop(0)
+        self.num_running += 1
+        is_whole = False
+        try:
+            for piece in pieces:
+                if isinstance(piece, asyncio.Event):
+                    while not piece.is_set():
+                        yield Progress(self.waits_as, done_tokens=5, total_tokens=9)
+                        await asyncio.sleep(0.01)
+                elif isinstance(piece, Exception):
+                    raise piece
+                else:
+                    yield piece
+            is_whole = True
+        finally:
+            self.num_running -= 1
+            self.num_stopped += not is_whole
+
+    async def count_tokens(self, principal: Principal, document: Mapping[str, Any]) -> int:
+        return sum(len(str(message["content"]).split()) for message in document["messages"])
+
+
+@pytest.fixture
+def engines() -> ScriptedEngines:
+    """Engines that answer "Hello world"."""
+    return ScriptedEngines()
+
+
+@pytest.fixture
+def chunks() -> Callable[..., list[dict[str, Any]]]:
+    """A function that makes the chunks of a streamed chat."""
+    return text_chunks
+
+
+@pytest.fixture
+def alice() -> Principal:
+    """Somebody who asks."""
+    return Principal(Tenant("alice", "Alice", "default"), key_id="k1")
+
+
+@pytest.fixture
+def bob(alice: Principal) -> Principal:
+    """Somebody else."""
+    return replace(alice, tenant=Tenant("bob", "Bob", "default"))
