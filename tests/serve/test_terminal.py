@@ -148,7 +148,7 @@ async def test_waiting_is_shown_place_first_then_a_bar_that_fills(
     assert "place" not in rest
     percents = [int(each) for each in re.findall(r"(\d+)%, [\d,]+ of 15,0\d\d tokens", text)]
     assert percents == sorted(percents)
-    assert len(set(percents)) > 3
+    assert len(set(percents)) > 2
     assert "word0 word1 word2" in rest
     assert re.search(r"time to first token \d+\.\d\d s \(\d+\.\d\d s in the queue\)", rest)
     assert re.search(r"prompt 15\d{3} tokens, 0 cached", rest)

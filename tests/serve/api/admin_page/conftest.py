@@ -72,8 +72,8 @@ class Browser:
         return result["result"].get("value")
 
     async def until(self, expression):
-        """Wait until an expression is true, twenty seconds at most; pages may be exchanged meanwhile."""
-        async with asyncio.timeout(20):
+        """Wait until an expression is true, a minute at most; pages may be exchanged meanwhile."""
+        async with asyncio.timeout(60):
             while True:
                 result = await self.call(
                     "Runtime.evaluate", expression=f"Boolean({expression})", returnByValue=True
