@@ -28,6 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from sala_serve.errors import StateUnavailable
+from sala_serve.lua import LuaStore
 from sala_serve.settings import PositiveInt, Seconds, Section
 from sala_serve.telemetry import Metrics
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from redis.asyncio import ConnectionPool
+
+    from sala_serve.lua import Scripts
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +130,8 @@ class State:
     ) -> None:
         self.redis = redis
         """Answers are bytes; every key starts with ``sala:``."""
+        self.scripts: Scripts = LuaStore() if is_embedded else redis
+        """Runs the scripts of the limits' books; embedded, these have a store of their own."""
         self.is_embedded = is_embedded
         self._settings = settings
         self._clock = clock

@@ -11,8 +11,7 @@ from sala_serve.tenants import scripts
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from redis.asyncio import Redis
-
+    from sala_serve.lua import Scripts
     from sala_serve.telemetry import Usage
     from sala_serve.tenants.model import Limits
 
@@ -77,7 +76,7 @@ class Ledger:
     """Runs the scripts of :mod:`sala_serve.tenants.scripts`.
 
     Args:
-        redis: where the ledger is.
+        store: where the ledger is.
         lease_s: how long a reservation lives without being renewed.
         unix_clock: seconds; ``None``: the store's own clock, which all replicas share.
         on_expired: told how many reservations each step gave back because their leases had ended.
@@ -85,21 +84,21 @@ class Ledger:
 
     def __init__(
         self,
-        redis: Redis,
+        store: Scripts,
         *,
         lease_s: float,
         unix_clock: Callable[[], float] | None = None,
         on_expired: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._on_expired = on_expired
-        self._redis = redis
+        self._store = store
         self._lease_ms = round(lease_s * 1000)
         self._unix_clock = unix_clock
-        self._reserve = redis.register_script(scripts.RESERVE)
-        self._settle = redis.register_script(scripts.SETTLE)
-        self._refund = redis.register_script(scripts.REFUND)
-        self._renew = redis.register_script(scripts.RENEW)
-        self._peek = redis.register_script(scripts.PEEK)
+        self._reserve = store.register_script(scripts.RESERVE)
+        self._settle = store.register_script(scripts.SETTLE)
+        self._refund = store.register_script(scripts.REFUND)
+        self._renew = store.register_script(scripts.RENEW)
+        self._peek = store.register_script(scripts.PEEK)
 
     async def reserve(
         self, tenant_id: str, limits: Limits, reservation_id: str, charge: Charge
@@ -145,7 +144,7 @@ class Ledger:
         """Return what was used on days since 1970, with the fields that :class:`Usage` counts."""
         answers = []
         for day in days:
-            stored: dict[bytes, bytes] = await self._redis.hgetall(_usage_key(tenant_id, day))  # type: ignore[assignment]
+            stored: dict[bytes, bytes] = await self._store.hgetall(_usage_key(tenant_id, day))
             answers.append({key.decode(): int(value) for key, value in stored.items()})
         return answers
 

@@ -108,7 +108,7 @@ class Limiter:
         self._clock = clock
         self._metrics = metrics or Metrics()
         self._ledger = Ledger(
-            state.redis,
+            state.scripts,
             lease_s=settings.lease_s,
             unix_clock=unix_clock,
             on_expired=self._metrics.limit_expired,
@@ -277,7 +277,7 @@ class Limiter:
             self._local_state = State.create(StateSettings(), clock=self._clock)
             # ends with this process, so nothing has to be renewed
             self._local = Ledger(
-                self._local_state.redis, lease_s=10**6, unix_clock=self._unix_clock
+                self._local_state.scripts, lease_s=10**6, unix_clock=self._unix_clock
             )
         reservation = Reservation(self, tenant, _charge(claim, tenant.limits), headers={})
         reservation.local_limits = share

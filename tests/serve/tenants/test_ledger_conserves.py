@@ -113,7 +113,7 @@ steps = st.lists(
 async def play(state: State, script: list[tuple[str, str, object]]) -> None:
     await state.redis.flushall()
     model = Model()
-    ledger = Ledger(state.redis, lease_s=LEASE_MS / 1000, unix_clock=lambda: model.now_ms / 1000)
+    ledger = Ledger(state.scripts, lease_s=LEASE_MS / 1000, unix_clock=lambda: model.now_ms / 1000)
     generations = dict.fromkeys("abcdef", 0)
     for verb, letter, given_value in script:
         key = f"{letter}{generations[letter]}"

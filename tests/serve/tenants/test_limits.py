@@ -355,7 +355,8 @@ async def test_cancelled_at_any_point_nothing_leaks(state, clock, is_settling):
             await asyncio.sleep(0)
         num_cancelled += task.cancel()
         await asyncio.wait({task})
-    assert num_cancelled > 3
+    # embedded, each step is over before anybody can cancel it
+    assert num_cancelled > (0 if state.is_embedded else 3)
     await limiter.tick()
     after = await used(limiter, who)
     assert after.flight == 0

@@ -86,7 +86,7 @@ async def test_processes_together_never_pass_the_limit_and_a_killed_one_keeps_no
     limits, now_s = Limits(**LIMITS), [NOON_UNIX_S]
     settings = StateSettings(url=SecretStr(redis_server.url))
     state = State.create(settings, clock=time.monotonic)
-    ledger = Ledger(state.redis, lease_s=60, unix_clock=lambda: now_s[0])
+    ledger = Ledger(state.scripts, lease_s=60, unix_clock=lambda: now_s[0])
     used = await ledger.used("acme", limits)
     assert (used.flight, used.input) == (sum(granted), sum(granted))
 
