@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sala_serve.errors import FieldNotAllowed, InvalidRequest
-from sala_serve.tokens.counter import SHORT_CHARS, TokenCounter
+from sala_serve.tokens.counter import SHORT_CHARS, TINY_CHARS, TokenCounter
 from sala_serve.tokens.prompt import PREFIX_BLOCK_TOKENS, Prompt, block_hashes
 
 DEMO = Path(__file__).parents[3] / "training" / "demo"
@@ -181,3 +181,33 @@ def test_hashes_chain_and_cover_whole_blocks_only():
     assert second[1] != first[1]
     assert second[2] != first[2]
     assert block_hashes(ids[: PREFIX_BLOCK_TOKENS - 1]) == ()
+
+
+@pytest.mark.parametrize(
+    ("document", "is_at_once"),
+    [
+        (chat("Hello"), True),
+        ({"prompt": "Hello"}, True),
+        (chat("x" * TINY_CHARS), False),
+        (chat(*[""] * TINY_CHARS), False),
+        (
+            chat("Hello", tools=[{"type": "function", "function": {"name": "x" * TINY_CHARS}}]),
+            False,
+        ),
+        (chat("Hello", **{"x" * TINY_CHARS: 1}), False),
+    ],
+    ids=["chat", "completion", "long", "many", "tools", "key"],
+)
+def test_only_what_takes_no_time_is_counted_on_the_loop(counter, document, is_at_once):
+    count = counter.count_chat if "messages" in document else counter.count_completion
+    asked = count(document)
+    try:
+        if is_at_once:
+            with pytest.raises(StopIteration):
+                asked.send(None)
+        else:
+            # outside a loop there is no thread to wait for
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asked.send(None)
+    finally:
+        asked.close()
