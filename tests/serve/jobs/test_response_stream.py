@@ -146,7 +146,7 @@ def test_a_failure_is_a_response_that_openai_can_read():
 @pytest.mark.parametrize("num_seen", range(9))
 def test_a_second_attempt_after_any_cut_is_a_stream_that_openai_accepts(chunks, num_seen):
     document = start()
-    seen = play(document, chunks("Hel", "lo wor"))[:-1][:num_seen]
+    seen = play(document, chunks("He", "llo wor"))[:-1][:num_seen]
     closing, next_idx = abandoned_items(seen)
     again = play(document, chunks("Hello ", "world"), first_output_idx=next_idx)
     response = judged(document, [*seen, *closing, event("in_progress", document), *again])

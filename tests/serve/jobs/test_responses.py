@@ -169,7 +169,7 @@ async def test_an_error_of_the_caller_fails_the_response_at_once(jobs, engines, 
 
 
 async def test_a_lost_engine_is_tried_again_and_the_stream_says_so(jobs, engines, alice, chunks):
-    engines.pieces = [*chunks("Hel")[:2], EngineLost("Gone.")]
+    engines.pieces = [*chunks("He")[:2], EngineLost("Gone.")]
     engines.later = [chunks("Hello ", "world")]
     async with at_work(jobs):
         response_id = await start(jobs, alice)
@@ -259,7 +259,7 @@ async def test_a_stopped_replica_hands_its_job_back_and_another_finishes_it(
     jobs, engines, alice, state, chunks, eventually
 ):
     other = Jobs(JobsSettings(**QUICK), state=state, engines=engines)
-    engines.pieces = [*chunks("Hel")[:2], asyncio.Event()]
+    engines.pieces = [*chunks("He")[:2], asyncio.Event()]
     engines.later = [chunks("Hello")]
     async with at_work(jobs) as (running,):
         response_id = await start(jobs, alice)
