@@ -154,6 +154,8 @@ class _Generate:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             journal.num_running -= 1
+            if self._engine.core.is_dead and not journal.num_running:
+                self._engine.core.on_death()
 
 
 class _Answer:

@@ -225,11 +225,15 @@ class FakeCore:
         }
         return "".join(f'vllm:{name}"0"}} {value}\n' for name, value in values.items())
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether every request fails; the process exits when all have been told."""
+        return self._death.is_set()
+
     def die(self) -> None:
-        """Fail all requests with the error of a dead engine core, then exit."""
+        """Fail all requests with the error of a dead engine core."""
         self._death.set()
         self._thawed.set()
-        asyncio.get_running_loop().call_later(0.05, self.on_death)
 
     async def _enter(self, job: Job, phase: Phase) -> None:
         job.phase = phase

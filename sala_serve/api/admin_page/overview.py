@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from sala_serve.tenants.model import Limits, Tenant
     from sala_serve.tenants.store import StoredKey
 
+    _TenantParts = tuple[Tenant, Used, list[StoredKey]]
+
 MAX_TENANTS = 100
 """On the page; the admin API lists all."""
 _LIMITS = (
@@ -61,11 +63,12 @@ class GatewayActions:
     async def overview(self) -> Overview:
         """Look at everything."""
         gateway = self._gateway
-        snapshot = gateway.scheduler.snapshot()
         try:
-            tenants = await self._tenants(snapshot)
+            tenants = await self._tenants()
         except* StateUnavailable:
             tenants = None
+        # from here on at one instant: what the scheduler says is about the requests that are shown
+        snapshot = gateway.scheduler.snapshot()
         # the scheduler opens an engine's page with its first request
         pages = {page.engine_id: page for page in snapshot.engines}
         return Overview(
@@ -78,7 +81,7 @@ class GatewayActions:
                 for each in gateway.running.snapshot()
                 if each.record is not None
             ),
-            tenants=tenants,
+            tenants=None if tenants is None else _tenant_rows(tenants, snapshot),
             queued_tokens=snapshot.queued_work_tokens,
             expected_drain_s=snapshot.expected_drain_s,
             service_gap_tokens=snapshot.service_gap_tokens,
@@ -102,34 +105,16 @@ class GatewayActions:
         """Cut a running request; False if there is none."""
         return self._gateway.running.cancel(request_id)
 
-    async def _tenants(self, snapshot: SchedulerSnapshot) -> tuple[TenantRow, ...]:
-        """Return tenants with their usage, the busy ones first."""
+    async def _tenants(self) -> list[_TenantParts]:
+        """Read tenants, the one of requests without a key last."""
         gateway = self._gateway
-        busy = {each.tenant_id: each for each in snapshot.tenants}
         tenants = await gateway.keys.store.tenants(limit=MAX_TENANTS)
         default = await gateway.keys.principal(DEFAULT_TENANT_ID, None)
-        if default is not None and (DEFAULT_TENANT_ID in busy or not tenants):
+        if default is not None:
             tenants.append(default.tenant)
         async with asyncio.TaskGroup() as group:
             reading = [group.create_task(self._read(tenant)) for tenant in tenants]
-        rows = []
-        for tenant, task in zip(tenants, reading, strict=True):
-            used, keys = task.result()
-            part = busy.get(tenant.tenant_id)
-            rows.append(
-                TenantRow(
-                    tenant_id=tenant.tenant_id,
-                    name=tenant.name,
-                    tier=tenant.tier,
-                    is_active=tenant.is_active,
-                    num_queued=part.num_queued if part else 0,
-                    queued_tokens=part.queued_tokens if part else 0,
-                    num_running=part.num_running if part else 0,
-                    limits=_bars(tenant.limits, used),
-                    keys=tuple(_key(key) for key in keys),
-                )
-            )
-        return tuple(sorted(rows, key=lambda row: (-row.num_running - row.num_queued, row.name)))
+        return [(tenant, *task.result()) for tenant, task in zip(tenants, reading, strict=True)]
 
     async def _read(self, tenant: Tenant) -> tuple[Used, list[StoredKey]]:
         used = await self._gateway.limiter.used(tenant)
@@ -158,6 +143,30 @@ def _engine(engine: Engine, page: EngineSnapshot | None) -> EngineRow:
         memory=Bar("memory", page.kv_held_tokens, capacity),
         prefill_tokens_per_s=page.prefill_tokens_per_s,
     )
+
+
+def _tenant_rows(tenants: list[_TenantParts], snapshot: SchedulerSnapshot) -> tuple[TenantRow, ...]:
+    """Return a row for each, the busy ones first; the default tenant's only where it is of interest."""
+    busy = {each.tenant_id: each for each in snapshot.tenants}
+    rows = []
+    for tenant, used, keys in tenants:
+        part = busy.get(tenant.tenant_id)
+        if tenant.tenant_id == DEFAULT_TENANT_ID and part is None and len(tenants) > 1:
+            continue
+        rows.append(
+            TenantRow(
+                tenant_id=tenant.tenant_id,
+                name=tenant.name,
+                tier=tenant.tier,
+                is_active=tenant.is_active,
+                num_queued=part.num_queued if part else 0,
+                queued_tokens=part.queued_tokens if part else 0,
+                num_running=part.num_running if part else 0,
+                limits=_bars(tenant.limits, used),
+                keys=tuple(_key(key) for key in keys),
+            )
+        )
+    return tuple(sorted(rows, key=lambda row: (-row.num_running - row.num_queued, row.name)))
 
 
 def _bars(limits: Limits, used: Used) -> tuple[Bar, ...]:

@@ -77,12 +77,21 @@ async def test_prefill_takes_its_time_and_shows_how_far_it_is(http, server, even
 
 
 async def test_requests_beyond_the_limit_wait(http, server, eventually):
+    def phases():
+        return [job.phase for job in server.engine.core.jobs]
+
     server.behaviour.max_num_seqs = 1
-    server.behaviour.ttft_s = 0.2
-    both = [asyncio.create_task(usage(http, server, prompt="one two")) for _ in range(2)]
-    await eventually(lambda: len(server.engine.core.jobs) == 2)
-    assert sorted(job.phase for job in server.engine.core.jobs) == ["prefilling", "waiting"]
-    await asyncio.gather(*both)
+    server.behaviour.ttft_s = 600
+    first = asyncio.create_task(usage(http, server, prompt="one two"))
+    await eventually(lambda: phases() == ["prefilling"])
+    second = asyncio.create_task(usage(http, server, prompt="one two"))
+    await eventually(lambda: len(phases()) == 2)
+    for _ in range(10):  # it would have begun by then
+        await http.get(f"{server.url}/health")
+    assert phases() == ["prefilling", "waiting"]
+    server.behaviour.ttft_s = 0
+    first.cancel()
+    assert (await second)["prompt_tokens"] == 2
 
 
 async def test_frozen_core_answers_health_and_nothing_moves(http, server):
@@ -119,7 +128,7 @@ async def test_killed_engine_resets_connections_and_can_come_back(http, server, 
 async def test_engine_out_of_memory_fails_all_requests_then_is_gone(http, server, eventually):
     server.behaviour.ttft_s = 30
     other = asyncio.create_task(http.post(f"{server.url}/v1/completions", json=ask("one two")))
-    await eventually(lambda: len(server.engine.core.jobs) == 1)
+    await eventually(lambda: [job.phase for job in server.engine.core.jobs] == ["prefilling"])
     server.behaviour.fault = ("prefilling", Fault.OUT_OF_MEMORY)
     answer = await http.post(f"{server.url}/v1/completions", json=ask(WORDS))
     assert answer.status_code == 500
