@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,15 @@ from sala_kernels.spec import SalaSpec
 from sala_training.model.sala import SalaForCausalLM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    RunJob = Callable[[str, Any, Path, dict[str, str]], tuple[Any, str]]
 
 HERE = Path(__file__).parent
 TIME_LIMIT_S = 300
+
+# the oracle's matrices are small, and there are other processes for the other cores
+torch.set_num_threads(1)
 
 SPARSE, LIGHTNING = "minicpm4", "lightning-attn"
 # 5 blocks a token (1 initial, 3 local, 1 by score) from 512 tokens on: selective at every length tested
@@ -152,6 +159,7 @@ class Oracle:
     """The model in plain PyTorch, one pass over whole sequences."""
 
     model: SalaForCausalLM
+    _chosen: dict[Any, list[int]] = field(default_factory=dict)
 
     @torch.no_grad()
     def log_probability(self, prompt: list[int]) -> torch.Tensor:
@@ -162,8 +170,12 @@ class Oracle:
     @torch.no_grad()
     def next_tokens(self, prompt: list[int], tokens: list[int], **options: Any) -> list[int]:
         """Its greedy choice at each step, given the prompt and the tokens before that step."""
-        logits = self.model(torch.tensor([prompt + tokens]), **options)[0]
-        return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        # most tests ask the same questions and get the same answers
+        key = (tuple(prompt), tuple(tokens), *sorted(options.items()))
+        if key not in self._chosen:
+            logits = self.model(torch.tensor([prompt + tokens]), **options)[0]
+            self._chosen[key] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        return self._chosen[key]
 
     def assert_greedy(self, run: EngineRun, *batches: list[list[int]]) -> None:
         """Check that every token an engine generated is the one this model would choose."""
@@ -198,26 +210,55 @@ def engine_environment() -> dict[str, str]:
     }
 
 
-def _run_job(script: str, job: Any, folder: Path, environment: dict[str, str]) -> tuple[Any, str]:
-    """Run a script of this folder on a job, in a process of its own; return its result and its log."""
-    job_path, result_path = folder / "job.json", folder / "result.json"
-    job_path.write_text(json.dumps(job))
-    process = subprocess.run(
-        [sys.executable, HERE / script, job_path, result_path],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIME_LIMIT_S,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    return json.loads(result_path.read_text()), process.stdout
+class WarmProcesses:
+    """Runs scripts of this folder in processes that have imported vLLM already, one of these per environment."""
+
+    def __init__(self) -> None:
+        self._processes: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}
+
+    def run(
+        self, script: str, job: Any, folder: Path, environment: dict[str, str]
+    ) -> tuple[Any, str]:
+        """Run a script on a job, in a process of its own; return its result and its log."""
+        paths = folder / "job.json", folder / "result.json", folder / "log"
+        for path in paths:
+            path.unlink(missing_ok=True)
+        paths[0].write_text(json.dumps(job))
+        process = self._process(environment)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps([str(HERE / script), *map(str, paths)]), file=process.stdin, flush=True)
+        if not select.select([process.stdout], [], [], TIME_LIMIT_S)[0]:
+            os.killpg(process.pid, signal.SIGKILL)
+        code = process.stdout.readline().strip()
+        log = paths[2].read_text() if paths[2].exists() else ""
+        assert code == "0", f"{script} ended with {code or 'nothing in time'}: {log[-5000:]}"
+        return json.loads(paths[1].read_text()), log
+
+    def _process(self, environment: dict[str, str]) -> subprocess.Popen[str]:
+        key = frozenset(environment.items())
+        if key not in self._processes or self._processes[key].poll() is not None:
+            self._processes[key] = subprocess.Popen(
+                [sys.executable, HERE / "warm.py"],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        return self._processes[key]
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            with process:  # closes its input, which ends it
+                pass
 
 
 @pytest.fixture(scope="session")
-def run_job() -> Callable[[str, Any, Path, dict[str, str]], tuple[Any, str]]:
-    return _run_job
+def run_job() -> Iterator[RunJob]:
+    processes = WarmProcesses()
+    yield processes.run
+    processes.close()
 
 
 @pytest.fixture(scope="session")
@@ -245,11 +286,12 @@ class EngineRun:
 
 @dataclass
 class Engine:
-    """Starts a vLLM process per call."""
+    """Starts an engine in a process of its own per call."""
 
     checkpoint: Path
     folder: Path
     environment: dict[str, str]
+    run_job: RunJob
 
     def generate(
         self,
@@ -270,12 +312,14 @@ class Engine:
         }
         sampling = {"max_tokens": max_tokens, "prompt_logprobs": 0 if prompt_logprobs else None}
         job = {"engine": defaults | arguments, "batches": batches, "sampling": sampling}
-        result, log = _run_job(
+        result, log = self.run_job(
             "generate.py", job, self.folder, self.environment | (environment or {})
         )
         return EngineRun(**result, log=log)
 
 
 @pytest.fixture
-def engine(checkpoint: Path, tmp_path: Path, engine_environment: dict[str, str]) -> Engine:
-    return Engine(checkpoint, tmp_path, engine_environment)
+def engine(
+    checkpoint: Path, tmp_path: Path, engine_environment: dict[str, str], run_job: RunJob
+) -> Engine:
+    return Engine(checkpoint, tmp_path, engine_environment, run_job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -42,8 +43,8 @@ class SalaLimits(VerifyAndUpdateConfig):
                 "quantization: expected "
                 f"{', '.join(repr(name) for name in _QUANTISATIONS if name)} or none, got {model.quantization!r}"
             )
-        if model.quantization == "fp8" and current_platform.device_type == "cpu":
-            raise ValueError("quantization: 'fp8' needs a GPU, vLLM has no such operators for CPUs")
+        if model.quantization and current_platform.device_type == "cpu":
+            _check_quantisation_on_cpu(model.quantization)
 
         cache_dtype, model_dtype = cache.cache_dtype, model.dtype
         if cache_dtype != "auto" and STR_DTYPE_TO_TORCH_DTYPE.get(cache_dtype) != model_dtype:
@@ -61,6 +62,18 @@ class SalaLimits(VerifyAndUpdateConfig):
         _check_ranks(spec, vllm_config.parallel_config.tensor_parallel_size)
         _check_speculation(vllm_config)
         set_defaults(vllm_config)
+
+
+def _check_quantisation_on_cpu(name: str) -> None:
+    """Check that vLLM has operators for a weight format on this machine.
+
+    Raises:
+        ValueError: it has not; vLLM itself would find out at the first step.
+    """
+    if name == "fp8":
+        raise ValueError("quantization: 'fp8' needs a GPU, vLLM has no such operators for CPUs")
+    if not torch.cpu._is_avx512_supported():  # vLLM's own test for which operators it loads
+        raise ValueError(f"quantization: {name!r} needs a GPU or a CPU with AVX-512")
 
 
 def _check_ranks(spec: SalaSpec, tp_size: int) -> None:
