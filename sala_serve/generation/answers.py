@@ -72,6 +72,8 @@ class Meter:
     """Chunks with tokens; one has one token or more."""
     open_choices: set[int] = field(default_factory=set)
     """Indices of choices that have begun and not given a ``finish_reason``."""
+    is_free: bool = False
+    """Whether nothing is charged, because it failed."""
 
     @property
     def has_first_token(self) -> bool:
@@ -96,8 +98,14 @@ class Meter:
             else:
                 self.open_choices.discard(index)
 
+    def give_back(self) -> None:
+        """Charge nothing: it failed, and through no fault of the client's."""
+        self.is_free = True
+
     def usage(self) -> Usage | None:
-        """Return what was used: as reported, else what is known to be computed; ``None`` is nothing."""
+        """Return what is to be charged: as reported, else what is known to be computed; ``None`` is nothing."""
+        if self.is_free:
+            return None
         if self.reported is not None:
             return self.reported
         progress = self.progress

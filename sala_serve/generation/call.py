@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sala_serve.scheduling.work import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sala_serve.bodies import Generation
     from sala_serve.telemetry import RequestRecord
@@ -60,6 +60,8 @@ class Call:
     """``traceparent`` and ``tracestate`` for the engine."""
     tier: str | None = None
     """Service tier; ``None``: the body's ``service_tier`` if the key may use it, else the tenant's."""
+    is_charged_when_cut: Callable[[], bool] = lambda: True
+    """Asked when it is broken off from outside: whether that was its owner, who pays for what was computed."""
 
 
 @dataclass(frozen=True)

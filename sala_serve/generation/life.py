@@ -17,6 +17,7 @@ from sala_serve.errors import (
     GatewayError,
     InvalidRequest,
     PromptDoesNotFit,
+    QueueTimeout,
     TotalTimeout,
 )
 from sala_serve.events import DONE, event_data, split_events
@@ -49,6 +50,8 @@ LOOK_INTERVAL_S = 0.4
 """Between two looks at how far the engine is."""
 ASSUMED_OUTPUT_TOKENS = 1024
 """Of each choice, where the client sets no bound."""
+DEADLINES = (EngineTimeout, FirstTokenTimeout, QueueTimeout, TotalTimeout)
+"""Ends after which what was computed is charged; other errors give everything back."""
 MAX_TRIES = 3
 """Engines that one request is sent to, each of which had not begun with it."""
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -156,6 +159,15 @@ class _Life:
                     meter = Meter(prompt.num_tokens)
                     try:
                         await self._take_turns(work, meter)
+                    except Exception as error:
+                        # a client that leaves and a deadline, which a client can shorten, are no failure
+                        if not isinstance(error, DEADLINES):
+                            meter.give_back()
+                        raise
+                    except asyncio.CancelledError:
+                        if not call.is_charged_when_cut():
+                            meter.give_back()
+                        raise
                     finally:
                         await self._settle(reservation, meter.usage())
 

@@ -130,6 +130,7 @@ class GenerationEngines:
             deadlines=request.deadlines or self._job_deadlines,
             trace_headers=record.trace.headers(request.trace_headers),
             tier=self._batch_tier if request.is_batch else None,
+            is_charged_when_cut=request.is_charged_when_cut,
         )
         last: Piece | None = None
         async with aclosing(self._generations.run(call)) as updates:

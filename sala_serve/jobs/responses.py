@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from sala_serve.jobs.response_stream import (
     response_document,
 )
 from sala_serve.jobs.running import EngineRequest, Progress
+from sala_serve.jobs.store import LeaseLost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
@@ -285,19 +286,26 @@ class ResponseRunner:
             document=spec["chat"],
             request_id=spec["request_id"],
             trace_headers=spec["trace_headers"],
+            is_charged_when_cut=lambda: held.is_ended_by_owner,
         )
         told_at_s = float("-inf")
         async with aclosing(self._engines.run(request)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, dict):
-                    held.has_begun = True
-                    if events := stream.feed(piece):
-                        await self._store.append(lease, events)
-                elif isinstance(piece, Progress):
-                    held.has_begun = piece.phase in ("prefill", "decoding")
-                    if self._clock() - told_at_s >= _PROGRESS_INTERVAL_S:
-                        told_at_s = self._clock()
-                        await self._store.update(lease, progress=piece.fields())
+            try:
+                async for piece in pieces:
+                    if isinstance(piece, dict):
+                        held.has_begun = True
+                        if events := stream.feed(piece):
+                            await self._store.append(lease, events)
+                    elif isinstance(piece, Progress):
+                        held.has_begun = piece.phase in ("prefill", "decoding")
+                        if self._clock() - told_at_s >= _PROGRESS_INTERVAL_S:
+                            told_at_s = self._clock()
+                            # an outage shorter than the lease costs no prefill
+                            with suppress(StateUnavailable):
+                                await self._store.update(lease, progress=piece.fields())
+            except LeaseLost:
+                await held.note_loss(self._store)
+                raise
         status, document, events = stream.finish(self._wall_clock())
         await self._store.finish(lease, status, document, events=events)
 

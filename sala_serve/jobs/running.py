@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sala_serve.generation.call import Reserved
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
 
     from sala_serve.bodies import Generation
     from sala_serve.generation.call import Deadlines, Path
@@ -35,6 +35,8 @@ class EngineRequest:
     """Of the client that waits; ``None``: nobody waits."""
     generation: Generation | None = field(default=None, repr=False)
     """``document``, checked and written for the engine; ``None``: not yet."""
+    is_charged_when_cut: Callable[[], bool] = lambda: True
+    """Asked when it is broken off: whether that was its owner, who pays for what was computed."""
 
 
 @dataclass(frozen=True)

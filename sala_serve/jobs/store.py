@@ -316,6 +316,12 @@ class JobStore:
             answers = await cast("Any", self._heartbeat(args=[lane, self._now(), lease_ms, *pairs]))
         return [int(each) for each in answers]
 
+    async def was_ended_by_owner(self, job_id: str) -> bool:
+        """Tell whether a job was cancelled or deleted."""
+        with self._state.guarded():
+            status = await cast("Any", self._state.redis.hget(f"sala:job:{job_id}", "status"))
+        return status is None or Status(status.decode()) is Status.CANCELLED
+
     async def append(self, lease: Lease, events: Sequence[Mapping[str, Any]]) -> None:
         """Add output events.
 

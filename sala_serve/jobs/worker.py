@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from sala_serve.errors import (
@@ -54,8 +55,15 @@ class Held:
         """Set when the job's owner wants it cancelled and leaves it to the worker."""
         self.is_lost = False
         """Whether the lease is void, so that nothing may be written any more."""
+        self.is_ended_by_owner = False
+        """Whether it was cancelled or deleted, so that what was computed is charged."""
         self.has_begun = False
         """Whether an engine works on it, so that another replica would have to begin again."""
+
+    async def note_loss(self, store: JobStore) -> None:
+        """Find out, before the generation of a lost job is broken off, whether its owner ended it."""
+        with suppress(StateUnavailable):
+            self.is_ended_by_owner = await store.was_ended_by_owner(self.lease.job_id)
 
 
 class Runner(Protocol):
@@ -192,7 +200,9 @@ class Workers:
             self._settings.backoff_s * 2 ** max(lease.attempt - 1, 0), _LONGEST_BACKOFF_S
         )
         if isinstance(error, WAITS):
-            delay_s = float(error.headers.get("Retry-After", backoff_s))
+            delay_s = backoff_s
+            if isinstance(error, RateLimited | QueueFull):  # else it is advice for who cannot look
+                delay_s = float(error.headers.get("Retry-After", backoff_s))
             if not self._is_overdue(lease):
                 await self._store.release(lease, delay_s=delay_s, is_attempt=False)
                 return
@@ -227,6 +237,7 @@ class Workers:
             for (task, each), answer in zip(held.items(), answers, strict=True):
                 if answer == 0 and task in self._tasks:
                     each.is_lost = True
+                    await each.note_loss(self._store)
                     task.cancel()
                 elif answer == 2:
                     each.is_cancel_asked.set()

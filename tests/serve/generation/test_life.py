@@ -6,7 +6,7 @@ import json
 import httpx
 import pytest
 
-from sala_serve.engine.fake import Behaviour
+from sala_serve.engine.fake import Behaviour, Ending
 from sala_serve.engine.fake_server import FakeServer
 from sala_serve.tenants.model import Limits, Scopes
 
@@ -276,6 +276,28 @@ async def test_what_the_engine_refuses_is_free(start_stack, behaviour, settings)
         response = await stack.http.post(PATH, json=REQUEST, headers=headers)
         assert response.status_code in (400, 500)
         assert await used(stack, tenant) == (0, 0)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize("ending", [Ending.CONNECTION_LOST, Ending.ERROR_EVENT])
+async def test_answer_that_the_engine_breaks_off_is_free(start_stack, ending, is_stream):
+    # a whole answer has no events; it is cut in the middle
+    async with start_stack(Behaviour(ending=ending, num_tokens=9), require_keys=True) as stack:
+        tenant, headers = await create_key(stack, limits=LIMITS)
+        body = {**REQUEST, "stream": is_stream}
+        response = await stack.http.post(PATH, json=body, headers=headers)
+        assert "engine_lost" in response.text
+        assert await used(stack, tenant) == (0, 0)
+
+
+async def test_deadline_is_paid_since_a_client_can_shorten_it(start_stack):
+    behaviour = Behaviour(itl_s=0.05, num_tokens=10_000)
+    async with start_stack(behaviour, require_keys=True, total_s=0.5) as stack:
+        tenant, headers = await create_key(stack, limits=LIMITS)
+        body = {**REQUEST, "stream": True}
+        response = await stack.http.post(PATH, json=body, headers=headers)
+        assert "total_timeout" in response.text
+        assert await used(stack, tenant) >= (5 + 1, 0)
 
 
 # who is asked again

@@ -2,17 +2,19 @@
 
 import asyncio
 import json
+import time
 from contextlib import asynccontextmanager
 
 import pytest
 from openai._types import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import SecretStr, TypeAdapter
 
 from sala_serve.errors import (
     ContextLengthExceeded,
     EngineLost,
+    EngineUnavailable,
     InvalidRequest,
     ModelNotFound,
     NotFound,
@@ -24,6 +26,7 @@ from sala_serve.jobs.responses import response_view
 from sala_serve.jobs.running import Progress
 from sala_serve.jobs.service import Jobs
 from sala_serve.jobs.settings import JobsSettings
+from sala_serve.state import State, StateSettings
 
 QUICK = {"heartbeat_s": 0.02, "poll_s": 0.02, "lease_s": 0.5, "backoff_s": 0.01, "max_attempts": 3}
 EVENTS = TypeAdapter(ResponseStreamEvent)
@@ -217,6 +220,56 @@ async def test_waiting_for_a_limit_is_not_an_attempt(jobs, engines, alice, chunk
     assert job.status is Status.COMPLETED
     assert job.attempt == 1
     assert len(engines.requests) == 7
+
+
+async def test_a_job_starts_soon_after_an_engine_is_there_again(jobs, engines, alice, chunks):
+    away = EngineUnavailable("Not yet.")  # says that a client should come back after 5 s
+    engines.pieces = [away]
+    engines.later = [[away]] * 5 + [chunks("Done")]
+    async with at_work(jobs):
+        job = await ended(jobs, alice, await start(jobs, alice))
+    assert job.status is Status.COMPLETED
+    assert job.attempt == 1
+
+
+async def test_what_is_computed_for_a_cancelled_job_is_charged_and_a_cut_off_attempt_is_not(
+    jobs, engines, alice, state, eventually
+):
+    other = Jobs(JobsSettings(**QUICK), state=state, engines=engines)
+    engines.pieces.insert(3, asyncio.Event())
+    async with at_work(jobs):
+        await start(jobs, alice)
+        await eventually(lambda: engines.num_running)
+    assert not engines.requests[0].is_charged_when_cut()  # its replica stopped
+    async with at_work(other):
+        response_id = await start(jobs, alice)
+        await eventually(lambda: engines.num_running == 2)
+        await jobs.responses.cancel(alice, response_id)
+        await eventually(lambda: engines.num_running == 1)
+        cancelled = [each for each in engines.requests if each.is_charged_when_cut()]
+        assert len(cancelled) == 1
+
+
+async def test_an_outage_that_is_shorter_than_the_lease_costs_no_prefill(
+    engines, alice, redis_server, eventually
+):
+    settings = StateSettings(url=SecretStr(redis_server.url), command_timeout_s=0.2)
+    state = State.create(settings, clock=time.monotonic)
+    jobs = Jobs(JobsSettings(**{**QUICK, "lease_s": 60}), state=state, engines=engines)
+    prefilled = asyncio.Event()
+    engines.pieces.insert(0, prefilled)
+    async with at_work(jobs):
+        response_id = await start(jobs, alice)
+        await eventually(lambda: engines.num_running)
+        redis_server.freeze()
+        await eventually(lambda: not state.is_available)
+        await asyncio.sleep(1.1)  # progress is stored once a second
+        redis_server.thaw()
+        await state.check()
+        prefilled.set()
+        job = await ended(jobs, alice, response_id)
+    assert (job.status, job.attempt, len(engines.requests)) == (Status.COMPLETED, 1, 1)
+    await state.close()
 
 
 async def test_cancelling_stops_the_engine_whichever_replica_is_asked(
