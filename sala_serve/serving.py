@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,6 +16,7 @@ from sala_serve.api.admin import build_admin_app
 from sala_serve.app import build_app
 from sala_serve.config import ConfigError
 from sala_serve.engine.supervisor import EngineStartFailed
+from sala_serve.generation.updates import beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,9 +80,14 @@ class BoundedHeadProtocol(HttpToolsProtocol):
 
 
 class GatewayServer(uvicorn.Server):
-    """uvicorn without its signal handlers: it would close the port before requests have drained."""
+    """uvicorn without its signal handlers: it would close the port before requests have drained.
 
-    def __init__(self, app: ASGIApp) -> None:
+    A client that takes nothing for ``send_timeout_s`` is cut off, also after its answer: what is on its way to it
+    would be held for as long as it likes, by a connection that counts nowhere.
+    """
+
+    def __init__(self, app: ASGIApp, *, send_timeout_s: float = 60.0) -> None:
+        self._send_timeout_s = send_timeout_s
         super().__init__(
             uvicorn.Config(
                 app,
@@ -100,6 +106,29 @@ class GatewayServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to :func:`serve`."""
         yield
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop."""
+        async with beside(self._cut_stalled()):
+            await super().serve(sockets)
+
+    async def _cut_stalled(self) -> None:
+        stalled: dict[Any, tuple[int, float]] = {}
+        while True:
+            await asyncio.sleep(min(self._send_timeout_s / 4, 1.0))
+            now_s = asyncio.get_running_loop().time()
+            before, stalled = stalled, {}
+            for connection in list(self.server_state.connections):
+                num_bytes = connection.transport.get_write_buffer_size()
+                num_before, since_s = before.get(connection, (0, now_s))
+                if num_bytes == 0:
+                    continue
+                if num_bytes != num_before:
+                    stalled[connection] = num_bytes, now_s
+                elif now_s - since_s < self._send_timeout_s:
+                    stalled[connection] = num_bytes, since_s
+                else:
+                    connection.transport.abort()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -139,7 +168,8 @@ async def serve(
     """
     stop = asyncio.Event()
     start_failure: list[EngineStartFailed] = []
-    servers = [(GatewayServer(build_app(gateway)), listener)]
+    send_timeout_s = gateway.settings.server.send_timeout_s
+    servers = [(GatewayServer(build_app(gateway), send_timeout_s=send_timeout_s), listener)]
     if admin_listener is not None:
         servers.append((GatewayServer(build_admin_app(gateway)), admin_listener))
 

@@ -96,8 +96,8 @@ class StartStack(Protocol):
 class _Server(GatewayServer):
     """Stops when told to rather than at its next look at the clock."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        super().__init__(app)
+    def __init__(self, app: ASGIApp, send_timeout_s: float) -> None:
+        super().__init__(app, send_timeout_s=send_timeout_s)
         self.stop = asyncio.Event()
 
     async def main_loop(self) -> None:
@@ -106,9 +106,11 @@ class _Server(GatewayServer):
 
 
 @asynccontextmanager
-async def _serve(apps: dict[socket.socket, ASGIApp]) -> AsyncIterator[None]:
+async def _serve(
+    apps: dict[socket.socket, ASGIApp], *, send_timeout_s: float = 60.0
+) -> AsyncIterator[None]:
     """Serve an application on each listening socket; the last stops first."""
-    servers = [_Server(app) for app in apps.values()]
+    servers = [_Server(app, send_timeout_s) for app in apps.values()]
     async with asyncio.TaskGroup() as group:
         serving = [
             group.create_task(server.serve(sockets=[listener]))
@@ -153,10 +155,16 @@ def settings_of(*engine_urls: str, **fields: Any) -> Settings:
 
 @asynccontextmanager
 async def _start_stack(
-    behaviour: Behaviour | None = None, *, tracing: Tracing | None = None, **config: Any
+    behaviour: Behaviour | None = None,
+    *,
+    tracing: Tracing | None = None,
+    send_buffer_bytes: int | None = None,
+    **config: Any,
 ) -> AsyncIterator[Stack]:
     engine = FakeEngine(behaviour)
     engine_listener, listener = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
+    if send_buffer_bytes is not None:  # connections inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     engine_url, url = (
         f"http://127.0.0.1:{each.getsockname()[1]}" for each in (engine_listener, listener)
     )
@@ -165,7 +173,10 @@ async def _start_stack(
     if tracing is not None:
         gateway = replace(gateway, tracing=tracing)
     async with (
-        _serve({engine_listener: engine.app, listener: build_app(gateway)}),
+        _serve(
+            {engine_listener: engine.app, listener: build_app(gateway)},
+            send_timeout_s=gateway.settings.server.send_timeout_s,
+        ),
         httpx.AsyncClient(base_url=url, timeout=10, verify=False) as http,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, http_client=http) as client,
     ):
@@ -368,6 +379,16 @@ def redis_server(_redis_process: RedisProcess) -> Iterator[RedisProcess]:
     _redis_process.reset()
     yield _redis_process
     _redis_process.reset()
+
+
+@pytest.fixture
+def durable_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A real Redis of this test's own that keeps what it holds when it is stopped and started."""
+    process = RedisProcess(tmp_path, is_durable=True)
+    process.start()
+    yield process
+    process.thaw()
+    process.stop()
 
 
 @pytest.fixture(params=["embedded", "redis"])

@@ -16,7 +16,7 @@ import pytest
 
 from sala_serve import serving
 from sala_serve.__main__ import main
-from sala_serve.serving import MAX_HEAD_BYTES
+from sala_serve.serving import MAX_HEAD_BYTES, GatewayServer, bind
 
 PATH = "/v1/chat/completions"
 REQUEST = {"model": "sala", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -332,3 +332,25 @@ async def test_port_in_use_is_a_clear_error(stub, fake_engine):
         assert await it.exit_status() == 2
     assert f"cannot listen on 127.0.0.1:{port}" in it.err
     assert stub.pids() == []
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+async def test_client_that_takes_nothing_is_cut_off_also_after_its_answer(eventually, is_complete):
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = {"type": "http.response.body", "body": bytes(30_000_000)}
+        await send({**body, "more_body": not is_complete})
+
+    listener = bind("127.0.0.1", 0)
+    server = GatewayServer(app, send_timeout_s=0.2)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await eventually(lambda: server.started)
+    _, writer = await asyncio.open_connection(*listener.getsockname(), limit=1024)
+    writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    await eventually(lambda: server.server_state.connections)
+    await eventually(lambda: not server.server_state.connections)
+    writer.close()
+    server.should_exit = True
+    await serving
