@@ -52,6 +52,8 @@ class Journal:
 
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    ends: dict[str, str] = field(default_factory=dict)
+    """How each request ended, by its ``X-Request-Id``: ``finished``, ``aborted`` or ``died`` with the engine."""
     num_running: int = 0
     num_aborted: int = 0
     num_tokenized: int = 0
@@ -142,13 +144,16 @@ class _Generate:
             await JSONResponse({"error": error}, status_code=status)(scope, receive, send)
             return
         answer = _Answer(self._engine, self._kind, body, request.headers, send)
+        request_id = answer.job.request_id
         journal.num_running += 1
         try:
             async with RunningRequest() as running:
                 is_complete = await running.while_client_stays(answer.send(), receive)
         except ClientDisconnected:
             journal.num_aborted += 1
+            journal.ends.setdefault(request_id, "aborted")
         else:
+            journal.ends.setdefault(request_id, "finished")
             # without the closing message the server drops the connection
             if is_complete:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -164,18 +169,19 @@ class _Answer:
     def __init__(
         self, engine: FakeEngine, kind: str, body: dict[str, Any], headers: Any, send: Send
     ) -> None:
-        self._behaviour, self._core = engine.behaviour, engine.core
+        self._engine, self._behaviour, self._core = engine, engine.behaviour, engine.core
         self._kind, self._body, self._send = kind, body, send
         self._is_chat = kind == "chat.completion"
-        self._job: Job = engine.core.job(body, headers.get("x-request-id", ""))
+        self.job: Job = engine.core.job(body, headers.get("x-request-id", ""))
         self._is_started = False
 
     async def send(self) -> bool:
         """Send the answer; tell whether its end is to be sent too."""
         try:
-            with self._core.holding(self._job):
+            with self._core.holding(self.job):
                 return await (self._stream() if self._body.get("stream") else self._whole())
         except CoreDied:
+            self._engine.journal.ends[self.job.request_id] = "died"
             if self._body.get("stream"):
                 await self._begin("text/event-stream; charset=utf-8")
                 await self._event({"error": _DEAD_CORE})
@@ -187,10 +193,10 @@ class _Answer:
 
     async def _whole(self) -> bool:
         behaviour = self._behaviour
-        await self._core.prefill(self._job)
+        await self._core.prefill(self.job)
         words = self._words()
         for _ in words:
-            await self._core.decode(self._job)
+            await self._core.decode(self.job)
         if self._is_chat:
             message = {"role": "assistant", "content": "".join(words)} | self._tool_calls()
             choice: dict[str, Any] = {"message": message}
@@ -210,11 +216,11 @@ class _Answer:
         await self._begin("text/event-stream; charset=utf-8")
         for _ in range(behaviour.num_keep_alives):
             await self._write(b": keep-alive\n\n")
-        await self._core.prefill(self._job)
+        await self._core.prefill(self.job)
         words = self._words()
         for word in words:
             await self._event(self._document(self._piece(word)))
-            await self._core.decode(self._job)
+            await self._core.decode(self.job)
         match behaviour.ending:
             case Ending.CONNECTION_LOST:
                 return False
@@ -260,7 +266,7 @@ class _Answer:
     def _document(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         """Wrap a choice, repeated for each answer asked for, or none."""
         is_chunk = self._is_chat and (choice is None or "delta" in choice)
-        indices = range(self._job.num_answers if choice is not None else 0)
+        indices = range(self.job.num_answers if choice is not None else 0)
         return {
             "id": "cmpl-1",
             "object": "chat.completion.chunk" if is_chunk else self._kind,
@@ -270,7 +276,7 @@ class _Answer:
         }
 
     def _usage(self) -> dict[str, Any]:
-        job = self._job
+        job = self.job
         return {
             "prompt_tokens": job.num_prompt_tokens,
             "completion_tokens": job.num_output_tokens,

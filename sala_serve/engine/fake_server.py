@@ -56,7 +56,7 @@ class FakeServer:
         self._port = listener.getsockname()[1]
         config = uvicorn.Config(self.engine.app, log_config=None, access_log=False, lifespan="off")
         self._server = _Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._serving = asyncio.create_task(_serve(self._server, listener))
         while not self._server.started:  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.002)
 
@@ -65,16 +65,27 @@ class FakeServer:
         if (server := self._server) is None:
             return
         self._server = None
+        for job in self.engine.core.jobs:
+            self.engine.journal.ends.setdefault(job.request_id, "died")
         for listening in server.servers:
             listening.close()
-        for connection in list(server.server_state.connections):
-            connection.transport.abort()
+        _reset_connections(server)
         server.should_exit = server.force_exit = True
 
     async def _ended(self) -> None:
         if self._serving is not None:
             await asyncio.wait({self._serving})
             self._serving = None
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    await server.serve(sockets=[listener])
+    _reset_connections(server)  # those that were being accepted in the moment of the kill
+
+
+def _reset_connections(server: uvicorn.Server) -> None:
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
 
 
 class _Server(uvicorn.Server):
