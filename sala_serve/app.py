@@ -14,6 +14,8 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
+from sala_serve.api.batches import batches_router
+from sala_serve.api.files import files_router
 from sala_serve.api.generate import generation_routes
 from sala_serve.api.load import watch_load
 from sala_serve.api.openapi import OPENAPI_PATH, openapi_document
@@ -53,7 +55,8 @@ def build_app(gateway: Gateway) -> FastAPI:
         },
         lifespan=lifespan,
     )
-    app.include_router(responses_router(gateway))
+    for router in (responses_router, files_router, batches_router):
+        app.include_router(router(gateway))
     document = openapi_document(app, version=metadata.version("sala-serve"))
     app.router.routes.append(_openapi_route(json.dumps(document).encode()))
     app.user_middleware = [

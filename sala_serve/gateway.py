@@ -135,7 +135,15 @@ class Gateway:
             answers=SharedAnswers(generations, retry_grace_s=settings.server.retry_grace_s),
             running=RunningRequests(settings.server.max_running_requests),
             uploads=uploads,
-            jobs=Jobs(settings.jobs, state=state, engines=engines, metrics=metrics, clock=clock),
+            jobs=Jobs(
+                settings.jobs,
+                state=state,
+                engines=engines,
+                bodies=settings.bodies,
+                max_line_bytes=settings.server.max_body_bytes,
+                metrics=metrics,
+                clock=clock,
+            ),
         )
 
     @property

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from sala_serve.errors import GatewayError, InternalError
 from sala_serve.telemetry import RequestRecord
 from sala_serve.telemetry.report import report
-from sala_serve.tenants.model import Principal, check_scopes
+from sala_serve.tenants.model import Principal, check_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,18 +127,12 @@ class AuthMiddleware:
                 principal = await self._keys.authenticate(given or None)
                 record = RequestRecord.of(scope)
                 record.tenant_id, record.key_id = principal.tenant.tenant_id, principal.key_id
-                _check_endpoint(principal, scope["path"])
+                check_endpoint(principal, scope["path"])
             except GatewayError as error:
                 await send_error(error, scope, receive, send)
                 return
             scope[_PRINCIPAL_KEY] = principal
         await self._app(scope, receive, send)
-
-
-def _check_endpoint(principal: Principal, path: str) -> None:
-    """Raise :class:`PermissionDenied` unless the key reaches ``path``, or a path above it."""
-    above = (each for each in principal.scopes.endpoints or () if path.startswith(f"{each}/"))
-    check_scopes(principal, endpoint=next(above, path))
 
 
 def principal_of(scope: Scope) -> Principal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -20,7 +20,7 @@ from sala_serve.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
     from starlette.requests import Request
 
@@ -69,8 +69,6 @@ class Uploads:
             Overloaded: all bodies together are too many bytes.
             ClientDisconnected: the client left.
         """
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise InvalidRequest("Content-Encoding is not supported: send the body as it is.")
         held = _Held(self)
         try:
             with self._sending(sender):
@@ -97,29 +95,57 @@ class Uploads:
             if not self._uploading[sender]:
                 del self._uploading[sender]
 
+    async def pieces(
+        self, request: Request, *, sender: str, check: Callable[[int], None], timeout_s: float
+    ) -> AsyncGenerator[bytes]:
+        """Yield a body as it comes; none of it is held here.
+
+        Args:
+            request: whose body.
+            sender: as for :meth:`parsed`.
+            check: raises if so many bytes are too many; called with what is stated first.
+            timeout_s: for all of it.
+
+        Raises as :meth:`parsed`.
+        """
+        check(_stated_bytes(request))
+        num_bytes = 0
+        with self._sending(sender):
+            async with aclosing(self._arriving(request, timeout_s)) as pieces:
+                async for piece in pieces:
+                    num_bytes += len(piece)
+                    check(num_bytes)
+                    yield piece
+
     async def _receive(self, request: Request, held: _Held) -> bytearray:
-        settings = self._settings
-        stated = request.headers.get("content-length", "0")
-        if not stated.isdecimal():  # the server checks it; other ASGI servers may not
-            raise InvalidRequest("Content-Length is not a number.")
         # not held yet: a client that states much and sends nothing must not keep others out
-        held.check(int(stated))
+        held.check(_stated_bytes(request))
         raw = bytearray()
+        async with aclosing(self._arriving(request, self._settings.upload_timeout_s)) as pieces:
+            async for piece in pieces:
+                raw += piece
+                held.grow_to(len(raw))
+        return raw
+
+    async def _arriving(self, request: Request, timeout_s: float) -> AsyncGenerator[bytes]:
+        """Yield the pieces of a body, which must keep coming."""
         loop = asyncio.get_running_loop()
         started_at_s = loop.time()
-        ends_at_s = started_at_s + settings.upload_timeout_s
-        try:
-            async with asyncio.timeout_at(min(ends_at_s, started_at_s + SLOW_AFTER_S)) as limit:
-                async for piece in request.stream():
-                    raw += piece
-                    held.grow_to(len(raw))
-                    paced_s = max(len(raw) / settings.min_upload_bytes_per_s, SLOW_AFTER_S)
-                    limit.reschedule(min(ends_at_s, started_at_s + paced_s))
-        except TimeoutError:
-            raise UploadTimeout("The request body did not arrive in time.") from None
-        except ClientDisconnect:
-            raise ClientDisconnected("The client left while sending its request.") from None
-        return raw
+        num_bytes = 0
+        stream = aiter(request.stream())
+        while True:
+            paced_s = max(num_bytes / self._settings.min_upload_bytes_per_s, SLOW_AFTER_S)
+            try:
+                async with asyncio.timeout_at(started_at_s + min(timeout_s, paced_s)):
+                    piece = await anext(stream, None)
+            except TimeoutError:
+                raise UploadTimeout("The request body did not arrive in time.") from None
+            except ClientDisconnect:
+                raise ClientDisconnected("The client left while sending its request.") from None
+            if piece is None:
+                return
+            num_bytes += len(piece)
+            yield piece
 
     def check_room(self, num_bytes: int) -> None:
         """Raise :class:`Overloaded` if ``num_bytes`` more are too many."""
@@ -130,6 +156,16 @@ class Uploads:
     def max_body_bytes(self) -> int:
         """Of one body."""
         return min(self._settings.max_body_bytes, self._settings.max_buffered_bytes)
+
+
+def _stated_bytes(request: Request) -> int:
+    """Return how long a body says it is, 0 if it does not; raises InvalidRequest."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise InvalidRequest("Content-Encoding is not supported: send the body as it is.")
+    stated = request.headers.get("content-length", "0")
+    if not stated.isdecimal():  # the server checks it; other ASGI servers may not
+        raise InvalidRequest("Content-Length is not a number.")
+    return int(stated)
 
 
 class _Held:

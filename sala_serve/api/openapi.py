@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from sala_serve import errors
+from sala_serve.api.batches import CreateBatch
 from sala_serve.api.responses import CreateResponse
 from sala_serve.errors import GatewayError
 
@@ -146,6 +147,7 @@ class Event(BaseModel):
 
 
 _MODELS = (
+    CreateBatch,
     CreateResponse,
     ErrorBody,
     Event,

@@ -235,7 +235,7 @@ class _Answer(Response):
                 await self._answer(Request(scope, receive), running, writer)
         except GatewayError as error:
             record.status, record.error_code = error.status, error.code
-            if isinstance(error, ClientDisconnected) or writer.is_json_started:
+            if isinstance(error, ClientDisconnected) or writer.is_whole_started:
                 return  # the server closes the connection of an answer that is not complete
             if not writer.is_started:
                 await send_error(error, scope, receive, send)

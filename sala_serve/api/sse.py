@@ -31,7 +31,7 @@ class AnswerWriter:
         """Sent with the status, beside those of the kind of answer."""
         self.is_started = False
         """Whether the status is on its way, so that it can no longer be an error's."""
-        self.is_json_started = False
+        self.is_whole_started = False
         """Whether it is the status of a whole answer, to which no error can be added either."""
 
     async def write_event(self, event: bytes) -> None:
@@ -41,21 +41,26 @@ class AnswerWriter:
         await self._send_in_time({"type": "http.response.body", "body": event, "more_body": True})
 
     async def finish(self) -> None:
-        """End a stream."""
+        """End the answer."""
         await self._send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def write_json(self, body: bytes) -> None:
         """Send a whole answer that is not a stream."""
-        self.is_json_started = True
-        await self._start(
-            [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        )
+        await self.begin_whole("application/json", len(body))
         for start in range(0, len(body), _PIECE_BYTES):
-            piece = body[start : start + _PIECE_BYTES]
-            await self._send_in_time(
-                {"type": "http.response.body", "body": piece, "more_body": True}
-            )
+            await self.write_piece(body[start : start + _PIECE_BYTES])
         await self.finish()
+
+    async def begin_whole(self, content_type: str, num_bytes: int) -> None:
+        """Send the head of an answer of so many bytes, which come with :meth:`write_piece`."""
+        self.is_whole_started = True
+        await self._start(
+            [(b"content-type", content_type.encode()), (b"content-length", b"%d" % num_bytes)]
+        )
+
+    async def write_piece(self, piece: bytes) -> None:
+        """Send the next bytes of a whole answer."""
+        await self._send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         self.is_started = True

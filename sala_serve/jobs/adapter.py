@@ -95,7 +95,7 @@ class GenerationEngines:
         record = self._new_record(request)
         self._metrics.request_started(record.endpoint)
         try:
-            principal = await self._current(request.principal)
+            principal = await self.current(request.principal)
             async with aclosing(self._run(request, principal, record)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -153,7 +153,7 @@ class GenerationEngines:
         record.key_id = request.principal.key_id
         return record
 
-    async def _current(self, principal: Principal) -> Principal:
+    async def current(self, principal: Principal) -> Principal:
         """Return what the key of a job may do now; it may have been revoked since the job was asked for."""
         current = await self._keys.principal(principal.tenant.tenant_id, principal.key_id)
         if current is None:

@@ -54,8 +54,10 @@ class Job:
     """Where a job that is not over stands: queue place, tokens read; empty when nothing is known."""
     has_events: bool = False
     """Whether its events are stored, so that a stream of them can be resumed."""
-    is_cancelling: bool = False
-    """Whether its owner has asked its worker to end it."""
+    cancel_asked_unix_s: float | None = None
+    """When its owner asked its worker to end it."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What its worker has counted: lines of a batch, their tokens."""
 
 
 @dataclass(frozen=True)

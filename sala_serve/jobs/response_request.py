@@ -100,7 +100,7 @@ def parse_response_request(document: Mapping[str, Any]) -> ResponseRequest:
         "instructions": _text(document, "instructions"),
         "max_output_tokens": _number(document, "max_output_tokens", int, 1, 2**31),
         "max_tool_calls": _number(document, "max_tool_calls", int, 1, 2**31),
-        "metadata": _parse_metadata(document.get("metadata")),
+        "metadata": parse_metadata(document.get("metadata")),
         "model": model,
         "parallel_tool_calls": flags["parallel_tool_calls"] is not False,
         "previous_response_id": previous_id,
@@ -189,7 +189,8 @@ def _number(document: Mapping[str, Any], name: str, kind: type, low: float, high
     return value
 
 
-def _parse_metadata(given: Any) -> dict[str, str]:
+def parse_metadata(given: Any) -> dict[str, str]:
+    """Check OpenAI's ``metadata``; raises InvalidRequest."""
     if given is None:
         return {}
     if not isinstance(given, dict) or len(given) > MAX_METADATA:

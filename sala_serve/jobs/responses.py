@@ -76,7 +76,6 @@ class Responses:
         trace_headers: Mapping[str, str],
         record: RequestRecord | None,
         deadlines: Deadlines | None = None,
-        is_batch: bool = False,
     ) -> Prepared:
         """Resolve what a request refers to and check the chat that it becomes.
 
@@ -97,7 +96,6 @@ class Responses:
             trace_headers=trace_headers,
             record=record,
             deadlines=deadlines,
-            is_batch=is_batch,
         )
         engine_request = await asyncio.to_thread(self._engines.check, engine_request)
         document = response_document(request, new_id("resp_"), self._wall_clock(), Status.RUNNING)

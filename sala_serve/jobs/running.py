@@ -75,9 +75,13 @@ class Engines(Protocol):
     def run(self, request: EngineRequest) -> AsyncGenerator[Piece]:
         """Run one generation; closing the generator early stops the engine.
 
-        Yields progress, once the headers of its reservation, and each chunk of a stream (the last one has ``usage``) or the one whole answer.
+        Yields progress, once the headers of its reservation, and each chunk of a stream (the last one has
+        ``usage``) or the one whole answer.
         Raises :class:`~sala_serve.errors.GatewayError`.
         """
+
+    async def current(self, principal: Principal) -> Principal:
+        """Return what the key of a job may do now; raises PermissionDenied if it no longer works."""
 
     async def count_tokens(self, principal: Principal, document: Mapping[str, Any]) -> int:
         """Return how many prompt tokens a chat has; raises GatewayError."""

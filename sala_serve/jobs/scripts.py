@@ -9,7 +9,7 @@ milliseconds of Redis' own clock, unless a caller gives one, so that replicas ne
     sala:job:ID:spec         string  what the worker needs; gone when the job is over
     sala:job:ID:input        string  what a later response builds on
     sala:job:ID:events       stream  output events; entry N+1-0 is sequence number N
-    sala:job:ID:lines        hash    results of a batch's lines until they are in files
+    sala:job:ID:lines        hash    results of a batch's lines, by line number, until they are in files
     sala:jobs:LANE:ready:T   list    jobs of tenant T that wait for a worker, oldest first
     sala:jobs:LANE:tenants   zset    tenants with such jobs, by the turn they last had
     sala:jobs:LANE:delayed   zset    jobs that wait for another attempt, by when it is due
@@ -17,7 +17,7 @@ milliseconds of Redis' own clock, unless a caller gives one, so that replicas ne
     sala:jobs:LANE:dead      stream  jobs given up after their last attempt
 """
 
-_PRELUDE = """
+PRELUDE = """
 local function now_ms(given)
     if given ~= '' then return tonumber(given) end
     local time = redis.call('TIME')
@@ -46,7 +46,7 @@ end
 """
 
 SUBMIT = (
-    _PRELUDE
+    PRELUDE
     + """
 -- id lane tenant status created_ms document with_events bytes | events
 local id, lane, tenant, status = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -61,7 +61,7 @@ return 1
 )
 
 LEASE = (
-    _PRELUDE
+    PRELUDE
     + """
 -- lane now lease_ms | tenants that are not to be served
 local lane, now = ARGV[1], now_ms(ARGV[2])
@@ -109,7 +109,7 @@ return false
 )
 
 HEARTBEAT = (
-    _PRELUDE
+    PRELUDE
     + """
 -- lane now lease_ms | id token ...; answers 0 lost, 1 held, 2 held and its owner wants it cancelled
 local leases = 'sala:jobs:' .. ARGV[1] .. ':leases'
@@ -129,7 +129,7 @@ return answers
 )
 
 APPEND = (
-    _PRELUDE
+    PRELUDE
     + """
 -- id token | events; answers the last sequence number, or nothing when the lease is lost
 local job = 'sala:job:' .. ARGV[1]
@@ -139,7 +139,7 @@ return ms(append(job, ARGV, 3))
 )
 
 UPDATE = (
-    _PRELUDE
+    PRELUDE
     + """
 -- id token | field value ...
 local job = 'sala:job:' .. ARGV[1]
@@ -150,7 +150,7 @@ return 1
 )
 
 FINISH = (
-    _PRELUDE
+    PRELUDE
     + """
 -- id token status document now keep_ms keep_events_ms bytes dead_because | events
 -- without a token: from outside, whoever runs the job, unless it is over
@@ -167,7 +167,7 @@ redis.call('DEL', job .. ':spec')
 redis.call('PEXPIRE', job, ARGV[6])
 redis.call('PEXPIRE', job .. ':input', ARGV[6])
 redis.call('PEXPIRE', job .. ':events', ARGV[7])
-redis.call('PEXPIRE', job .. ':lines', ARGV[6])
+redis.call('UNLINK', job .. ':lines')
 if ARGV[9] ~= '' then
     redis.call('XADD', 'sala:jobs:' .. known[2] .. ':dead', 'MAXLEN', '~', 1000, '*', 'job', id,
         'tenant', known[3], 'because', ARGV[9])
@@ -177,7 +177,7 @@ return 1
 )
 
 RELEASE = (
-    _PRELUDE
+    PRELUDE
     + """
 -- id token delay_ms now counts
 local id, job = ARGV[1], 'sala:job:' .. ARGV[1]
@@ -197,7 +197,7 @@ return 1
 )
 
 DELETE = (
-    _PRELUDE
+    PRELUDE
     + """
 -- id
 local id, job = ARGV[1], 'sala:job:' .. ARGV[1]
@@ -211,12 +211,28 @@ return 1
 )
 
 LINE = (
-    _PRELUDE
+    PRELUDE
     + """
--- id token line result; a batch's line is written once, by the worker that holds the batch
+-- id token line result | name number ...; a batch's line is written once, by the worker that holds the batch,
+-- and counted when it is written. A batch that moves is no poison: its attempts begin anew
 local job = 'sala:job:' .. ARGV[1]
 if not holds(job, ARGV[2]) then return 0 end
-redis.call('HSETNX', job .. ':lines', ARGV[3], ARGV[4])
+if redis.call('HSETNX', job .. ':lines', ARGV[3], ARGV[4]) == 1 then
+    for index = 5, #ARGV, 2 do redis.call('HINCRBY', job, 'n:' .. ARGV[index], ARGV[index + 1]) end
+    redis.call('HSET', job, 'attempt', '1')
+end
+return 1
+"""
+)
+
+CANCEL = (
+    PRELUDE
+    + """
+-- id unix_s: whoever holds the job, or will, is to end it
+local job = 'sala:job:' .. ARGV[1]
+local status = redis.call('HGET', job, 'status')
+if not status or is_final(status) then return 0 end
+redis.call('HSETNX', job, 'cancel', ARGV[2])
 return 1
 """
 )
@@ -230,90 +246,3 @@ for _, tenant in ipairs(redis.call('ZRANGE', lane .. ':tenants', 0, -1)) do
 end
 return {waiting, redis.call('ZCARD', lane .. ':leases'), redis.call('XLEN', lane .. ':dead')}
 """
-
-SHELF_PUT = (
-    _PRELUDE
-    + """
--- shelf id bytes now limit may_evict: room for one object; answers {1, objects to delete} or {0}
-local shelf, id, bytes, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), now_ms(ARGV[4])
-local function remove(other)
-    local size = tonumber(redis.call('HGET', shelf .. ':bytes', other) or 0)
-    redis.call('HDEL', shelf .. ':bytes', other)
-    redis.call('ZREM', shelf .. ':index', other)
-    redis.call('ZREM', shelf .. ':expiry', other)
-    return tonumber(redis.call('DECRBY', shelf .. ':total', ms(size)))
-end
-local total = tonumber(redis.call('GET', shelf .. ':total') or 0)
-for _, other in ipairs(redis.call('ZRANGEBYSCORE', shelf .. ':expiry', '-inf', ms(now))) do
-    total = remove(other)
-end
-local victims, spare = {}, 0
-if ARGV[6] == '1' then
-    for _, other in ipairs(redis.call('ZRANGE', shelf .. ':expiry', 0, -1)) do
-        if total + bytes - spare <= tonumber(ARGV[5]) then break end
-        spare = spare + tonumber(redis.call('HGET', shelf .. ':bytes', other) or 0)
-        victims[#victims + 1] = other
-    end
-end
-if total + bytes - spare > tonumber(ARGV[5]) then return {0, {}} end
-for _, other in ipairs(victims) do remove(other) end
-redis.call('ZADD', shelf .. ':index', ms(now), id)
-redis.call('HSET', shelf .. ':bytes', id, ms(bytes))
-redis.call('INCRBY', shelf .. ':total', ms(bytes))
-return {1, victims}
-"""
-)
-
-SHELF_SET = (
-    _PRELUDE
-    + """
--- shelf id bytes now keep_ms: the object has this size now (if given) and may go after keep_ms
-local shelf, id = ARGV[1], ARGV[2]
-local old = redis.call('HGET', shelf .. ':bytes', id)
-if not old then return 0 end
-local bytes = tonumber(ARGV[3] ~= '' and ARGV[3] or old)
-redis.call('HSET', shelf .. ':bytes', id, ms(bytes))
-redis.call('INCRBY', shelf .. ':total', ms(bytes - tonumber(old)))
-redis.call('ZADD', shelf .. ':expiry', ms(now_ms(ARGV[4]) + tonumber(ARGV[5])), id)
-return 1
-"""
-)
-
-SHELF_REMOVE = (
-    _PRELUDE
-    + """
--- shelf id
-local shelf, id = ARGV[1], ARGV[2]
-local size = redis.call('HGET', shelf .. ':bytes', id)
-if not size then return 0 end
-redis.call('HDEL', shelf .. ':bytes', id)
-redis.call('ZREM', shelf .. ':index', id)
-redis.call('ZREM', shelf .. ':expiry', id)
-redis.call('DECRBY', shelf .. ':total', size)
-return 1
-"""
-)
-
-SHELF_LIST = (
-    _PRELUDE
-    + """
--- shelf now after limit newest_first: identities in order of creation
-local shelf = ARGV[1]
-for _, other in ipairs(redis.call('ZRANGEBYSCORE', shelf .. ':expiry', '-inf', ms(now_ms(ARGV[2])))) do
-    local size = redis.call('HGET', shelf .. ':bytes', other) or '0'
-    redis.call('HDEL', shelf .. ':bytes', other)
-    redis.call('ZREM', shelf .. ':index', other)
-    redis.call('ZREM', shelf .. ':expiry', other)
-    redis.call('DECRBY', shelf .. ':total', size)
-end
-local rank, range = 'ZRANK', 'ZRANGE'
-if ARGV[5] == '1' then rank, range = 'ZREVRANK', 'ZREVRANGE' end
-local first = 0
-if ARGV[3] ~= '' then
-    local place = redis.call(rank, shelf .. ':index', ARGV[3])
-    if not place then return false end
-    first = place + 1
-end
-return redis.call(range, shelf .. ':index', first, first + tonumber(ARGV[4]) - 1)
-"""
-)

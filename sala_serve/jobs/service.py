@@ -6,7 +6,12 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from sala_serve.bodies import DEFAULT_BOUNDS
 from sala_serve.errors import StateUnavailable
+from sala_serve.jobs.batch_runner import BatchRunner
+from sala_serve.jobs.batch_work import LineRunner
+from sala_serve.jobs.batches import Batches
+from sala_serve.jobs.files import Files
 from sala_serve.jobs.responses import ResponseRunner, Responses
 from sala_serve.jobs.store import JobStore
 from sala_serve.jobs.worker import Workers
@@ -15,6 +20,7 @@ from sala_serve.telemetry import Metrics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sala_serve.bodies import BodySettings
     from sala_serve.jobs.model import Lane
     from sala_serve.jobs.running import Engines
     from sala_serve.jobs.settings import JobsSettings
@@ -33,6 +39,8 @@ class Jobs:
         *,
         state: State,
         engines: Engines,
+        bodies: BodySettings = DEFAULT_BOUNDS,
+        max_line_bytes: int = 2**20,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -42,13 +50,31 @@ class Jobs:
         self._is_cut = asyncio.Event()
         self.store = JobStore(state, settings)
         self.responses = Responses(self.store, engines, wall_clock=wall_clock)
-        runner = ResponseRunner(self.store, engines, clock=clock, wall_clock=wall_clock)
+        self.files = Files(state, settings, wall_clock=wall_clock)
+        self.batches = Batches(self.store, self.files, wall_clock=wall_clock)
+        response_runner = ResponseRunner(self.store, engines, clock=clock, wall_clock=wall_clock)
+        batch_runner = BatchRunner(
+            self.store,
+            self.files,
+            LineRunner(engines, self.responses, settings),
+            state=state,
+            bounds=bodies,
+            max_line_bytes=max_line_bytes,
+            wall_clock=wall_clock,
+        )
         self._workers = (
             Workers(
                 self.store,
                 "response",
-                runner,
+                response_runner,
                 max_running=settings.max_running_responses,
+                clock=clock,
+            ),
+            Workers(
+                self.store,
+                "batch",
+                batch_runner,
+                max_running=settings.max_running_batches,
                 clock=clock,
             ),
         )
@@ -63,9 +89,8 @@ class Jobs:
     async def drain(self) -> None:
         """Take no more jobs, wait for those that an engine works on; cancelling :meth:`run` hands them back."""
         for workers in self._workers:
-            workers.is_draining = True
-            if not self._state.is_embedded:  # else nobody is there to take them
-                workers.hand_back_waiting()
+            # where nobody is there to take them, they are seen to their end
+            workers.drain(hands_back=not self._state.is_embedded)
         async with asyncio.TaskGroup() as group:
             ends = {group.create_task(self._wait_idle()), group.create_task(self._is_cut.wait())}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -34,14 +34,15 @@ class JobsSettings(Section):
     """How long the events of a finished background response can be read again."""
     response_bytes_per_tenant: PositiveInt = 1024**3
     """Requests and answers kept for one tenant; beyond it the oldest finished ones go first."""
-    max_file_bytes: PositiveInt = 512 * 1024 * 1024
-    """Of one uploaded file."""
-    file_bytes_per_tenant: PositiveInt = 4 * 1024**3
-    """Of all files of one tenant; more are refused."""
+    max_file_bytes: PositiveInt = 200 * 1024 * 1024
+    """Of one uploaded file, which Redis holds in memory until it expires or is deleted."""
+    file_bytes_per_tenant: PositiveInt = 1024**3
+    """Of all files of one tenant, each with 4 KiB more; further uploads are refused. Results of batches count, and
+    are stored all the same."""
+    file_upload_timeout_s: Seconds = 3600.0
+    """For a file to arrive."""
     file_retention_s: Seconds = 30 * 86400.0
     """How long a file is kept unless its upload says otherwise."""
-    file_folder: str | None = None
-    """A folder that all replicas share, for the bytes of files; ``None`` keeps them in Redis."""
     max_batch_requests: PositiveInt = 50_000
     """Lines of one batch's input file."""
     batch_retention_s: Seconds = 30 * 86400.0

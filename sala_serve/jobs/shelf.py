@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from sala_serve.errors import InsufficientQuota
-from sala_serve.jobs import scripts
+from sala_serve.jobs import shelf_scripts as scripts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,12 +53,12 @@ class Shelf:
             InsufficientQuota: it does not fit beside what must stay.
         """
         bound, evicts = self._max_bytes, int(self._may_evict)
-        arguments = (self._key(tenant_id), object_id, num_bytes, self._now(), bound, evicts)
+        arguments = (self.key(tenant_id), object_id, num_bytes, self._now(), bound, evicts)
         with self._state.guarded():
             fits, evicted = await cast("Any", self._put(args=arguments))
         if not fits:
             raise InsufficientQuota(
-                f"Your stored {self._kind}s would be larger than {bound} bytes together; delete some "
+                f"Your stored {self._kind} objects would be larger than {bound} bytes together; delete some "
                 "first."
             )
         return [each.decode() for each in evicted]
@@ -70,24 +70,25 @@ class Shelf:
         size = "" if num_bytes is None else num_bytes
         with self._state.guarded():
             await self._set(
-                args=[self._key(tenant_id), object_id, size, self._now(), int(keep_s * 1000)]
+                args=[self.key(tenant_id), object_id, size, self._now(), int(keep_s * 1000)]
             )
 
     async def remove(self, tenant_id: str, object_id: str) -> None:
         """Stop counting an object."""
         with self._state.guarded():
-            await self._remove(args=[self._key(tenant_id), object_id])
+            await self._remove(args=[self.key(tenant_id), object_id])
 
     async def page(
         self, tenant_id: str, *, after: str | None, limit: int, newest_first: bool
     ) -> list[str] | None:
         """Return identities in order of creation; ``None`` if ``after`` is not among them."""
-        arguments = (self._key(tenant_id), self._now(), after or "", limit, int(newest_first))
+        arguments = (self.key(tenant_id), self._now(), after or "", limit, int(newest_first))
         with self._state.guarded():
             found = await cast("Any", self._list(args=arguments))
         return None if found is None else [each.decode() for each in found]
 
-    def _key(self, tenant_id: str) -> str:
+    def key(self, tenant_id: str) -> str:
+        """Return what the names of the keys of a tenant's objects begin with."""
         return f"sala:shelf:{self._kind}:{tenant_id}"
 
     def _now(self) -> str | int:

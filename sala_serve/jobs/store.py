@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _EVENTS_PER_READ = 500
 _FOLLOW_POLL_S = 0.25
+_BATCH_BYTES_PER_TENANT = 64 * 1024**2
+"""What is known of its batches, tens of thousands, apart from their files."""
 
 
 class LeaseLost(Exception):  # noqa: N818 - named for what happened
@@ -59,7 +61,7 @@ class JobStore:
         self._release = redis.register_script(scripts.RELEASE)
         self._delete = redis.register_script(scripts.DELETE)
         self._counts = redis.register_script(scripts.COUNTS)
-        self._line = redis.register_script(scripts.LINE)
+        self._cancel = redis.register_script(scripts.CANCEL)
         self.shelves: Mapping[str, Shelf] = {
             "response": Shelf(
                 state,
@@ -68,7 +70,9 @@ class JobStore:
                 may_evict=True,
                 now_ms=now_ms,
             ),
-            "batch": Shelf(state, "batch", max_bytes=2**40, may_evict=False, now_ms=now_ms),
+            "batch": Shelf(
+                state, "batch", max_bytes=_BATCH_BYTES_PER_TENANT, may_evict=True, now_ms=now_ms
+            ),
         }
 
     # what any replica may do
@@ -163,7 +167,12 @@ class JobStore:
             document=json.loads(record[b"doc"]),
             progress=progress,
             has_events=record[b"events"] == b"1",
-            is_cancelling=b"cancel" in record,
+            cancel_asked_unix_s=float(record[b"cancel"]) if b"cancel" in record else None,
+            counts={
+                name[2:].decode(): int(value)
+                for name, value in record.items()
+                if name.startswith(b"n:")
+            },
         )
 
     async def input_items(self, job: Job) -> Any:
@@ -195,11 +204,11 @@ class JobStore:
                 continue
         return jobs
 
-    async def ask_cancel(self, job: Job) -> None:
-        """Ask the worker that holds ``job``, or will, to end it in its own way."""
+    async def ask_cancel(self, job: Job, unix_s: float) -> bool:
+        """Ask the worker that holds ``job``, or will, to end it in its own way; tell whether it is not over."""
         with self._state.guarded():
-            await cast("Any", self._state.redis.hset(f"sala:job:{job.job_id}", "cancel", 1))
-        self._ring(job.job_id)
+            is_asked = await cast("Any", self._cancel(args=[job.job_id, unix_s]))
+        return bool(is_asked)
 
     async def finish_from_outside(
         self,
@@ -408,35 +417,6 @@ class JobStore:
         self._ring(lease.job_id)
         if not delay_ms:
             self.submitted[lease.lane].set()
-
-    async def write_line(self, lease: Lease, line_idx: int, result: bytes) -> None:
-        """Store one line's result of a batch, unless it is stored already; raises like :meth:`append`."""
-        with self._state.guarded():
-            is_held = await cast(
-                "Any", self._line(args=[lease.job_id, lease.token, line_idx, result])
-            )
-        if not is_held:
-            raise LeaseLost
-
-    async def line_indices(self, job_id: str) -> set[int]:
-        """Return which lines of a batch have a result."""
-        with self._state.guarded():
-            fields = await cast("Any", self._state.redis.hkeys(f"sala:job:{job_id}:lines"))
-        return {int(each) for each in fields}
-
-    async def lines(self, job_id: str, line_idxs: Sequence[int]) -> list[bytes | None]:
-        """Return results of lines of a batch."""
-        if not line_idxs:
-            return []
-        names = [str(each) for each in line_idxs]
-        with self._state.guarded():
-            found = await cast("Any", self._state.redis.hmget(f"sala:job:{job_id}:lines", names))
-        return list(found)
-
-    async def drop_lines(self, job_id: str) -> None:
-        """Forget the results of the lines, which are in files now."""
-        with self._state.guarded():
-            await self._state.redis.unlink(f"sala:job:{job_id}:lines")
 
     async def counts(self, lane: Lane) -> Mapping[str, int]:
         """Return how many jobs of a lane are ``queued``, ``in_progress`` and ``dead``."""

@@ -46,6 +46,14 @@ _LONGEST_BACKOFF_S = 60.0
 _HAND_BACK_TIMEOUT_S = 2.0
 
 
+def delay_s(settings: JobsSettings, error: GatewayError, num_attempts: int) -> float:
+    """Return how long to wait after so many attempts, the last of which ended with ``error``, in seconds."""
+    backoff_s = min(settings.backoff_s * 2.0 ** max(num_attempts - 1, 0), _LONGEST_BACKOFF_S)
+    if isinstance(error, RateLimited | QueueFull):  # else it is advice for who cannot look
+        return float(error.headers.get("Retry-After", backoff_s))
+    return backoff_s
+
+
 class Held:
     """A job that runs in this process."""
 
@@ -57,6 +65,8 @@ class Held:
         """Whether the lease is void, so that nothing may be written any more."""
         self.is_ended_by_owner = False
         """Whether it was cancelled or deleted, so that what was computed is charged."""
+        self.is_stopping = asyncio.Event()
+        """Set when this replica stops: what can be left to another one should be."""
         self.has_begun = False
         """Whether an engine works on it, so that another replica would have to begin again."""
 
@@ -112,7 +122,6 @@ class Workers:
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_draining = False
-        """Set to take no more jobs."""
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -127,10 +136,16 @@ class Workers:
         """Wait until no job runs here."""
         await self._idle.wait()
 
-    def hand_back_waiting(self) -> None:
-        """Give the jobs back that no engine works on yet."""
+    def drain(self, *, hands_back: bool) -> None:
+        """Take no more jobs and tell those that run.
+
+        Args:
+            hands_back: whether those that no engine works on yet are given to another replica at once.
+        """
+        self.is_draining = True
         for task, held in self._tasks.items():
-            if not held.has_begun:
+            held.is_stopping.set()
+            if hands_back and not held.has_begun:
                 task.cancel()
 
     async def _take(
@@ -189,32 +204,32 @@ class Workers:
                 await self._failed(lease, InternalError("The gateway failed on this request."))
         except LeaseLost:
             logger.info("job %s is no longer ours", lease.job_id)
-        except StateUnavailable:
+        except GatewayError as error:
             # nothing can be written; the lease ends by itself and somebody takes the job over
-            logger.warning("job %s is left behind: the state is away", lease.job_id)
+            logger.warning("job %s is left behind: %s", lease.job_id, error.code)
         except TimeoutError:
             logger.warning("job %s could not be handed back in time", lease.job_id)
 
     async def _failed(self, lease: Lease, error: GatewayError) -> None:
-        backoff_s = min(
-            self._settings.backoff_s * 2 ** max(lease.attempt - 1, 0), _LONGEST_BACKOFF_S
-        )
+        next_s = delay_s(self._settings, error, lease.attempt)
         if isinstance(error, WAITS):
-            delay_s = backoff_s
-            if isinstance(error, RateLimited | QueueFull):  # else it is advice for who cannot look
-                delay_s = float(error.headers.get("Retry-After", backoff_s))
             if not self._is_overdue(lease):
-                await self._store.release(lease, delay_s=delay_s, is_attempt=False)
+                await self._store.release(lease, delay_s=next_s, is_attempt=False)
                 return
         elif isinstance(error, RETRIES) and lease.attempt < self._settings.max_attempts:
             logger.warning(
                 "job %s attempt %d: %s, again in %.1f s",
-                *(lease.job_id, lease.attempt, error.code, backoff_s),
+                *(lease.job_id, lease.attempt, error.code, next_s),
             )
-            await self._store.release(lease, delay_s=backoff_s)
+            await self._store.release(lease, delay_s=next_s)
             return
         is_dead = isinstance(error, (*RETRIES, *WAITS))
-        await self._runner.fail(lease, error, dead=error.code if is_dead else None)
+        try:
+            await self._runner.fail(lease, error, dead=error.code if is_dead else None)
+        except (GatewayError, LeaseLost):
+            raise
+        except Exception:  # somebody takes it over and gets here again
+            logger.exception("job %s cannot be ended", lease.job_id)
 
     def _is_overdue(self, lease: Lease) -> bool:
         return lease.age_s > self._settings.queue_timeout_s

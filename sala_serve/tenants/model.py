@@ -130,3 +130,9 @@ def check_scopes(
             f"This API key allows {longest} tokens of prompt and answer together; this request asks for "
             f"{context_tokens}."
         )
+
+
+def check_endpoint(principal: Principal, path: str) -> None:
+    """Raise :class:`PermissionDenied` unless the key reaches ``path``, or a path above it."""
+    above = (each for each in principal.scopes.endpoints or () if path.startswith(f"{each}/"))
+    check_scopes(principal, endpoint=next(above, path))

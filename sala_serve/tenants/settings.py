@@ -51,8 +51,11 @@ class TierSection(Section):
 class TenantsSettings(Section):
     """Tenants, their tiers, and the secret under which keys are stored."""
 
-    tiers: dict[TierName, TierSection] = {"default": TierSection()}
-    """Service tiers by name; `default` must be one of them."""
+    tiers: dict[TierName, TierSection] = {
+        "default": TierSection(),
+        "batch": TierSection(priority=1),
+    }
+    """Service tiers by name; `default` must be one of them. `batch` is that of the lines of batches."""
     default_limits: LimitsSection = LimitsSection()
     """Of tenant `default`: requests with a key of `api_keys`, or all where no key is asked for."""
     require_keys: bool | None = None

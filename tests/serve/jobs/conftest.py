@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from openai import AsyncOpenAI
+from pydantic import SecretStr
 
 from sala_serve.errors import ModelNotFound
 from sala_serve.jobs.running import EngineRequest, Progress
-from sala_serve.tenants.model import Principal, Tenant
+from sala_serve.tenants.model import Limits, Principal, Scopes, Tenant
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
+QUICK = {"heartbeat_s": 0.05, "poll_s": 0.05, "backoff_s": 0.01, "progress_interval_s": 0.05}
 USAGE = {
     "prompt_tokens": 9,
     "completion_tokens": 3,
@@ -71,6 +75,9 @@ class ScriptedEngines:
             self.num_running -= 1
             self.num_stopped += not is_whole
 
+    async def current(self, principal: Principal) -> Principal:
+        return principal
+
     async def count_tokens(self, principal: Principal, document: Mapping[str, Any]) -> int:
         return sum(len(str(message["content"]).split()) for message in document["messages"])
 
@@ -97,3 +104,35 @@ def alice() -> Principal:
 def bob(alice: Principal) -> Principal:
     """Somebody else."""
     return replace(alice, tenant=Tenant("bob", "Bob", "default"))
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def start(request: pytest.FixtureRequest, start_stack: Any) -> Callable[..., Any]:
+    """A function that starts a stack with quick workers, on each store."""
+
+    def start(behaviour: Any = None, **config: Any) -> Any:
+        if request.param == "redis":
+            url = SecretStr(request.getfixturevalue("redis_server").url)
+            config = {"url": url, "command_timeout_s": 20, "secret": "a" * 32, **config}
+        return start_stack(behaviour, **{**QUICK, **config})
+
+    return start
+
+
+@pytest.fixture
+def client_of() -> Callable[..., Any]:
+    """A function that makes a client with a key of a tenant of its own."""
+
+    @asynccontextmanager
+    async def client_of(stack: Any, tenant_id: str, **scopes: Any) -> AsyncIterator[AsyncOpenAI]:
+        given = dict.fromkeys(("models", "endpoints", "max_context_tokens", "tiers")) | scopes
+        store = stack.gateway.keys.store
+        await store.create_tenant(
+            name=tenant_id, tier="default", limits=Limits(), tenant_id=tenant_id
+        )
+        _, token = await store.create_key(tenant_id, name="one", scopes=Scopes(**given))
+        yield AsyncOpenAI(
+            base_url=f"{stack.url}/v1", api_key=token, max_retries=0, http_client=stack.http
+        )
+
+    return client_of

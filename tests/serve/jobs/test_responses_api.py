@@ -1,19 +1,15 @@
 """``/v1/responses`` over the wire, with OpenAI's client, on both stores."""
 
 import asyncio
-from contextlib import asynccontextmanager
 
 import openai
 import pytest
-from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import SecretStr, TypeAdapter
 
 from sala_serve.engine.fake import Behaviour
 from sala_serve.engine.fake_core import Ending
-from sala_serve.tenants.model import Limits, Scopes
 
-QUICK = {"heartbeat_s": 0.05, "poll_s": 0.05, "backoff_s": 0.01, "progress_interval_s": 0.05}
 EVENT = TypeAdapter(ResponseStreamEvent)
 SLOW = {
     "prefill_tokens_per_s": 10_000,
@@ -22,31 +18,6 @@ SLOW = {
     "kv_capacity_tokens": 4_000_000,
 }
 WORDS = "word0 word1 word2 "
-
-
-@pytest.fixture(params=["embedded", "redis"])
-def start(request, start_stack):
-    """A function that starts a stack with quick workers, on each store."""
-
-    def start(behaviour=None, **config):
-        if request.param == "redis":
-            url = SecretStr(request.getfixturevalue("redis_server").url)
-            config = {"url": url, "command_timeout_s": 20, "secret": "a" * 32, **config}
-        return start_stack(behaviour, **QUICK, **config)
-
-    return start
-
-
-@asynccontextmanager
-async def client_of(stack, tenant_id, **scopes):
-    """A client with a key of a tenant of its own."""
-    given = {"models": None, "endpoints": None, "max_context_tokens": None, "tiers": None, **scopes}
-    store = stack.gateway.keys.store
-    await store.create_tenant(name=tenant_id, tier="default", limits=Limits(), tenant_id=tenant_id)
-    _, token = await store.create_key(tenant_id, name="one", scopes=Scopes(**given))
-    yield AsyncOpenAI(
-        base_url=f"{stack.url}/v1", api_key=token, max_retries=0, http_client=stack.http
-    )
 
 
 async def until(client, response_id, condition):
@@ -285,7 +256,7 @@ async def test_an_engine_that_breaks_off_fails_a_foreground_stream_for_all_to_se
         assert caught.value.code == "engine_lost"
 
 
-async def test_other_tenants_find_nothing(start):
+async def test_other_tenants_find_nothing(start, client_of):
     async with (
         start(api_keys="static-key") as stack,
         client_of(stack, "alice") as alice,
@@ -309,7 +280,7 @@ async def test_other_tenants_find_nothing(start):
         assert (await alice.responses.retrieve(created.id)).status == "completed"
 
 
-async def test_scopes_of_the_key_hold(start):
+async def test_scopes_of_the_key_hold(start, client_of):
     async with (
         start(api_keys="static-key") as stack,
         client_of(stack, "carol", endpoints=frozenset({"/v1/responses"})) as carol,
@@ -328,7 +299,7 @@ async def test_scopes_of_the_key_hold(start):
                 await refused
 
 
-async def test_a_job_whose_key_was_revoked_meanwhile_does_not_run(start, eventually):
+async def test_a_job_whose_key_was_revoked_meanwhile_does_not_run(start, client_of, eventually):
     async with (
         start(
             Behaviour(**SLOW), api_keys="static-key", key_cache_s=0, max_running_responses=1
@@ -403,7 +374,7 @@ async def test_input_items_come_in_pages(stack):
 
 
 async def test_a_stored_answer_survives_its_gateway(start_stack, redis_server):
-    config = {"url": SecretStr(redis_server.url), "secret": "a" * 32, **QUICK}
+    config = {"url": SecretStr(redis_server.url), "secret": "a" * 32}
     async with start_stack(**config) as stack:
         response = await stack.client.responses.create(model="sala", input="Hi")
     async with start_stack(**config) as stack:
@@ -411,7 +382,7 @@ async def test_a_stored_answer_survives_its_gateway(start_stack, redis_server):
 
 
 async def test_an_answer_that_cannot_be_stored_is_given_and_says_so(start_stack, redis_server):
-    config = {"url": SecretStr(redis_server.url), "secret": "a" * 32, **QUICK}
+    config = {"url": SecretStr(redis_server.url), "secret": "a" * 32}
     async with start_stack(Behaviour(itl_s=0.05), command_timeout_s=1, **config) as stack:
         async with stack.client.responses.stream(model="sala", input="Hi") as stream:
             async for event in stream:

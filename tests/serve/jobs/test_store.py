@@ -6,6 +6,7 @@ import json
 import pytest
 
 from sala_serve.errors import InsufficientQuota, NotFound
+from sala_serve.jobs.lines import LineResults
 from sala_serve.jobs.model import Status, new_id
 from sala_serve.jobs.settings import JobsSettings
 from sala_serve.jobs.store import JobStore, LeaseLost
@@ -155,8 +156,13 @@ async def test_a_cancelled_job_that_waits_is_never_leased(store, clock):
 async def test_asking_to_cancel_reaches_the_worker_with_its_heartbeat(store, clock):
     job_id = await submit(store, clock)
     lease = await store.lease("response")
-    await store.ask_cancel(await store.find("alice", job_id, "response"))
+    job = await store.find("alice", job_id, "response")
+    assert await store.ask_cancel(job, 12.5)
+    assert await store.ask_cancel(job, 13.5)
     assert await store.heartbeat("response", [lease]) == [2]
+    assert (await store.find("alice", job_id, "response")).cancel_asked_unix_s == 12.5
+    await store.finish(lease, Status.CANCELLED, {})
+    assert not await store.ask_cancel(job, 14.5)
 
 
 async def test_other_tenants_and_other_lanes_find_nothing(store, clock):
@@ -236,14 +242,27 @@ async def test_following_yields_what_is_stored_and_what_comes_until_the_end(stor
     assert seen == [1, 2, 3]
 
 
-async def test_a_batchs_line_is_written_once_and_only_under_the_lease(store, clock):
+async def test_a_batchs_line_is_written_and_counted_once_and_only_under_the_lease(
+    store, clock, state
+):
+    lines = LineResults(state)
     job_id = await submit(store, clock)
-    lease = await store.lease("response")
-    await store.write_line(lease, 4, b"first")
-    await store.write_line(lease, 4, b"second")
-    assert await store.line_indices(job_id) == {4}
-    assert await store.lines(job_id, [4, 5]) == [b"first", None]
     clock.pass_s(11)
     await store.lease("response")
+    clock.pass_s(11)
+    lease = await store.lease("response")
+    assert lease.attempt == 2
+    await lines.write(lease, 4, b"first", {"completed": 1, "input_tokens": 7})
+    await lines.write(lease, 4, b"second", {"failed": 1})
+    await lines.write(lease, 2, b"other", {"completed": 1, "input_tokens": 3})
+    assert await lines.numbers(job_id) == [2, 4]
+    assert await lines.read(job_id, [4, 2]) == [b"first", b"other"]
+    job = await store.find("alice", job_id, "response")
+    assert job.counts == {"completed": 2, "input_tokens": 10}
+    clock.pass_s(11)
+    # what moves is no poison, however often it changes hands
+    assert (await store.lease("response")).attempt == 2
     with pytest.raises(LeaseLost):
-        await store.write_line(lease, 5, b"late")
+        await lines.write(lease, 5, b"late", {"completed": 1})
+    with pytest.raises(LeaseLost):
+        await lines.read(job_id, [5])

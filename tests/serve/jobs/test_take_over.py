@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -81,20 +82,25 @@ async def replica(process):
 
 
 @asynccontextmanager
-async def started(behaviour, redis_server):
-    """An engine, two gateways, and a background response that the first one runs."""
+async def pair(behaviour, redis_server):
+    """An engine and two gateways, the second of which stands still, or it might be the quicker one."""
     async with FakeServer(behaviour) as engine:
         both = [await launch(engine.url, redis_server.url) for _ in range(2)]
         async with replica(both[1]) as second, replica(both[0]) as first:
-            second.process.send_signal(signal.SIGSTOP)  # or it might be the quicker one
-            response = await first.client.responses.create(
-                model="sala", input="Go", background=True
-            )
-            async with asyncio.timeout(20):
-                while not engine.engine.journal.num_running:  # noqa: ASYNC110 - it tells nobody
-                    await asyncio.sleep(0.01)
-            second.process.send_signal(signal.SIGCONT)
-            yield engine, first, second, response.id
+            second.process.send_signal(signal.SIGSTOP)
+            yield engine, first, second
+
+
+@asynccontextmanager
+async def started(behaviour, redis_server):
+    """An engine, two gateways, and a background response that the first one runs."""
+    async with pair(behaviour, redis_server) as (engine, first, second):
+        response = await first.client.responses.create(model="sala", input="Go", background=True)
+        async with asyncio.timeout(20):
+            while not engine.engine.journal.num_running:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        second.process.send_signal(signal.SIGCONT)
+        yield engine, first, second, response.id
 
 
 async def until(client, response_id, condition):
@@ -212,13 +218,54 @@ async def test_a_gateway_in_a_hurry_hands_its_job_to_another(redis_server):
         await settled(engine)
 
 
+async def test_a_batch_of_a_killed_gateway_is_taken_over_and_has_each_line_once(redis_server):
+    ids = [f"r{index}" for index in range(40)]
+    body = {"model": "sala", "messages": [{"role": "user", "content": "Go"}]}
+    request = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    lines = [json.dumps({"custom_id": each, **request}) for each in ids]
+    async with pair(Behaviour(num_tokens=3, itl_s=0.05), redis_server) as (engine, first, second):
+        content = "\n".join(lines).encode()
+        file = await first.client.files.create(file=("in", content), purpose="batch")
+        batch = await first.client.batches.create(
+            input_file_id=file.id, endpoint=request["url"], completion_window="24h"
+        )
+        key = f"sala:job:{batch.id}:lines"
+        await grown(redis_server, "hlen", key, least=10)
+        await first.end(signal.SIGKILL)
+        with redis_server.client as client:
+            written_before = client.hgetall(key)
+        assert 10 <= len(written_before) < 40
+        second.process.send_signal(signal.SIGCONT)
+        engine.engine.behaviour.itl_s = 0
+        async with asyncio.timeout(40):
+            while batch.status != "completed":
+                await asyncio.sleep(0.05)
+                batch = await second.client.batches.retrieve(batch.id)
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (40, 0)
+        assert batch.usage.output_tokens == 40 * 3
+        output = await second.client.files.content(batch.output_file_id)
+        found = output.content.splitlines()
+        assert [json.loads(each)["custom_id"] for each in found] == ids
+        # what was done before is not done again, but for the lines that had not come to their end
+        assert {each[1:].rstrip() for each in written_before.values()} <= set(found)
+        assert len(engine.engine.journal.bodies) <= 40 + 8
+        assert len((await second.client.files.list()).data) == 2
+        await settled(engine)
+        assert await leftovers(redis_server) == {}
+        with redis_server.client as client:
+            assert client.exists(key) == 0
+
+
 async def told(redis_server, response_id, num_events):
     """Wait until so many events are stored."""
-    key = f"sala:job:{response_id}:events"
+    await grown(redis_server, "xlen", f"sala:job:{response_id}:events", least=num_events)
+
+
+async def grown(redis_server, length, key, least):
     with redis_server.client as client:
         async with asyncio.timeout(30):
             while (  # noqa: ASYNC110 - it happens in another process
-                await asyncio.to_thread(client.xlen, key) < num_events
+                await asyncio.to_thread(getattr(client, length), key) < least
             ):
                 await asyncio.sleep(0.01)
 
