@@ -37,8 +37,9 @@ class SchedulerOptions:
     long_prefill_tokens: int = 16_384
     """A request is long while more prompt tokens than this are left to compute."""
     long_chunk_tokens: int = 1024
-    """Most tokens of a long prefill in one step while short requests are about. vLLM's own
-    ``long_prefill_token_threshold``, where set, still holds for every request."""
+    """Most tokens of a long prefill in one step while short requests are about, to its end: behind a million
+    tokens the last ones take the most time. vLLM's own ``long_prefill_token_threshold``, where set, still holds for
+    every request."""
     quiet_s: float = 30.0
     """Time since a short request arrived after which long prefills take whole steps again."""
     long_steps_per_gap: int = 8
@@ -93,6 +94,7 @@ class _SharedSteps(Scheduler):
         self._last_short_at_s = float("-inf")
         self._num_long_steps_since_gap = self._options.long_steps_per_gap
         self._num_uncached_tokens: dict[str, int] = {}
+        self._began_long: set[str] = set()
         self._misfit: _Misfit | None = None
         self._progress = ProgressFile.of_engine(vllm_config)
         if self._progress is not None:
@@ -135,16 +137,22 @@ class _SharedSteps(Scheduler):
             for request in self.waiting
             if request.request_id in self._num_uncached_tokens
         }
+        self._began_long &= {request.request_id for request in self.running}
         is_short_waiting = any(not self._is_long(request) for request in self.waiting)
         if is_short_waiting:
             self._last_short_at_s = now_s
         # who reads one document after another brings no short requests, only answers while they are written
-        is_answering = any(not self._is_long(request) for request in self.running)
+        is_answering = any(
+            not self._is_long(request) and not self._is_long_rest(request)
+            for request in self.running
+        )
         is_quiet = not is_answering and now_s - self._last_short_at_s > options.quiet_s
         self._chunk_limit_tokens = None if is_quiet else options.long_chunk_tokens
         if self._num_gap_steps == 1:
             # vLLM computes a prompt's last tokens in a step of their own, to keep the state before them
-            is_gap = any(r.is_prefill_chunk and not self._is_long(r) for r in self.running)
+            is_gap = any(
+                r.is_prefill_chunk and r.request_id not in self._began_long for r in self.running
+            )
         else:
             is_gap = (
                 is_short_waiting
@@ -180,6 +188,11 @@ class _SharedSteps(Scheduler):
         if request.num_computed_tokens == 0:
             num_left = self._uncached(request)
         return num_left > self._options.long_prefill_tokens
+
+    def _is_long_rest(self, request: Request) -> bool:
+        """Tell whether this is the end of a prompt that began long."""
+        is_prompt = request.num_computed_tokens < request.num_prompt_tokens
+        return is_prompt and request.request_id in self._began_long
 
     def _uncached(self, request: Request) -> int:
         """Tokens that are not in the prefix cache; looked up once per wait, as a million take milliseconds."""
@@ -240,6 +253,8 @@ class _SharedSteps(Scheduler):
             if interval := self.cache_config.prefix_cache_retention_interval:
                 num_tokens = min(num_tokens, interval - start % interval)
         if request.num_tokens - start > self._options.long_prefill_tokens:
+            self._began_long.add(request.request_id)
+        if request.request_id in self._began_long and start < request.num_prompt_tokens:
             is_running = request is not self._tried
             if self._num_gap_steps and is_running:
                 return 0

@@ -147,10 +147,10 @@ def test_long_prefill_takes_small_chunks_beside_short_ones(scenarios: dict[str, 
     scenario = scenarios["one short"]
     arrival_step = scenario.requests["short"]["step"]
     chunks = [n for step, n in scenario.prefill_steps("long").items() if step > arrival_step]
-    # no longer long: the rest at once, as any other request
-    long = chunks[: -(LONG_TOKENS // CHUNK_TOKENS)]
-    assert len(long) > 3
-    assert set(long) <= {CHUNK_TOKENS}
+    # to its end: the last tokens see the longest context and take the most time
+    assert sum(chunks) > 2 * LONG_TOKENS
+    assert set(chunks[:-1]) == {CHUNK_TOKENS}
+    assert chunks[-1] <= CHUNK_TOKENS
 
 
 def test_long_prefill_goes_on_under_a_stream_of_short_ones(scenarios: dict[str, Scenario]) -> None:
