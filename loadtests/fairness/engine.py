@@ -55,6 +55,7 @@ class SimulatedRequest:
     wanted_output_tokens: int
     submitted_at_s: float
     priority: int = 0
+    began_long: bool = False
     phase: str = "waiting"
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -124,6 +125,7 @@ class SimulatedEngine:
         self._kept: OrderedDict[tuple[str, bytes], bool] = OrderedDict()
         self._last_short_at_s = float("-inf")
         self._num_long_steps = self._options.long_steps_per_gap
+        self._num_gap_steps = 0
         self._step_began_at_s = 0.0
 
     @property
@@ -191,6 +193,9 @@ class SimulatedEngine:
     def _is_long(self, request: SimulatedRequest) -> bool:
         return self._options.has_long_rule and request.num_left > self._options.long_prefill_tokens
 
+    def _takes_small_steps(self, request: SimulatedRequest) -> bool:
+        return self._is_long(request) or (request.began_long and request.num_left > 0)
+
     def _schedule(self, now_s: float) -> dict[SimulatedRequest, int]:
         options = self._options
         seen = [each for each in self._waiting if each.submitted_at_s <= self._step_began_at_s]
@@ -201,30 +206,21 @@ class SimulatedEngine:
         is_short_waiting = any(not self._is_long(each) for each in seen)
         if is_short_waiting:
             self._last_short_at_s = now_s
-        is_answering = any(not self._is_long(each) for each in self._running)
+        is_answering = any(not self._takes_small_steps(each) for each in self._running)
         is_quiet = not is_answering and now_s - self._last_short_at_s > options.quiet_s
-        is_gap = is_short_waiting and self._num_long_steps >= options.long_steps_per_gap
+        if self._num_gap_steps == 1:
+            is_gap = any(r.num_left and not self._takes_small_steps(r) for r in self._running)
+        else:
+            is_gap = is_short_waiting and self._num_long_steps >= options.long_steps_per_gap
+        self._num_gap_steps = self._num_gap_steps + 1 if is_gap else 0
         budget, chunks, has_long = options.step_tokens, {}, False
 
-        def chunk(request: SimulatedRequest) -> int:
-            if not request.num_left:
-                return min(1, budget)
-            num_tokens = min(request.num_left, budget)
-            if self._is_long(request) and not is_quiet:
-                num_tokens = min(num_tokens, options.long_chunk_tokens)
-            interval, unit = options.state_interval_tokens, options.match_unit_tokens
-            num_tokens = min(num_tokens, interval - request.num_computed_tokens % interval)
-            # the state before a prompt's last tokens is kept, so these are a step of their own
-            before_tail = (
-                request.num_prompt_tokens - 1
-            ) // unit * unit - request.num_computed_tokens
-            return min(num_tokens, before_tail) if before_tail > 0 else num_tokens
-
         for request in self._running:
-            if is_gap and self._is_long(request):
+            is_small = self._takes_small_steps(request)
+            if is_gap and is_small:
                 continue
-            if num_tokens := chunk(request):
-                has_long |= self._is_long(request)
+            if num_tokens := self._chunk(request, budget, is_quiet):
+                has_long |= is_small
                 chunks[request] = num_tokens
                 budget -= num_tokens
         for request in seen:
@@ -233,15 +229,29 @@ class SimulatedEngine:
             if self._is_long(request):
                 if sum(map(self._is_long, self._running)) >= options.max_long_prefills:
                     continue
-                has_long = True
+                has_long = request.began_long = True
             request.phase = "prefilling"
             request.num_cached_tokens = request.num_computed_tokens
             self._waiting.remove(request)
             self._running.append(request)
-            chunks[request] = chunk(request)
+            chunks[request] = self._chunk(request, budget, is_quiet)
             budget -= chunks[request]
         self._num_long_steps = 0 if is_gap else self._num_long_steps + has_long
         return chunks
+
+    def _chunk(self, request: SimulatedRequest, budget: int, is_quiet: bool) -> int:
+        options, done = self._options, request.num_computed_tokens
+        if not request.num_left:
+            return min(1, budget)
+        num_tokens = min(request.num_left, budget)
+        if self._takes_small_steps(request) and not is_quiet:
+            num_tokens = min(num_tokens, options.long_chunk_tokens)
+        # states are kept where a step ends
+        interval, unit = options.state_interval_tokens, options.match_unit_tokens
+        num_tokens = min(num_tokens, interval - done % interval)
+        # the one before a prompt's last tokens is kept, so these are a step of their own
+        before_tail = (request.num_prompt_tokens - 1) // unit * unit - done
+        return min(num_tokens, before_tail) if before_tail > 0 else num_tokens
 
     def _apply(self, chunks: Mapping[SimulatedRequest, int]) -> None:
         for request, num_tokens in chunks.items():

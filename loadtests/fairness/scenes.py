@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import asdict, dataclass, field
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 MILLION = 1_048_576
 SHORT_TOKENS = 500
 ANSWER_TOKENS = 128
-WARM_UP_S = 120.0
-"""At the beginning, of which nothing is taken down."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Rule:
 OPEN = {"max_queued_requests": 1_000_000, "max_queued_tokens": 1 << 50}
 RULES = {
     "fair": Rule(),
+    # a long prefill runs to its end, whoever waits
+    "no give way": Rule(SchedulingSettings(give_way_tokens=None)),
     # first come, first served; the engine's own scheduler as with fairness on
     "arrival": Rule(SchedulingSettings(order="arrival", **OPEN)),
     # no gateway: everything goes to an engine with vLLM's own scheduler
@@ -51,8 +52,10 @@ RULES = {
 class Scene:
     """Who sends what."""
 
-    duration_s: float = 3600.0
+    duration_s: float = 1800.0
     """Virtual seconds, warm-up included."""
+    warm_up_s: float = 120.0
+    """At the beginning, of which nothing is taken down."""
     short_tenants: int = 2
     short_per_s: float = 0.125
     """Of each of them, at random moments (Poisson): 500 tokens, answers of 128."""
@@ -90,7 +93,13 @@ class Result:
 
     def document(self) -> dict[str, Any]:
         """Return it for a results file: percentiles instead of every time."""
-        return asdict(self) | {"ttft_s": self.ttft(), "num_short": len(self.ttft_s)}
+        rounded = {name: round(value, 4) for name, value in self.ttft().items()}
+        rates = [round(each, 1) for each in self.flood_tokens_per_s]
+        return asdict(self) | {
+            "ttft_s": rounded,
+            "num_short": len(self.ttft_s),
+            "flood_tokens_per_s": rates,
+        }
 
 
 def play(scene: Scene, rule: Rule, speeds: Speeds) -> Result:
@@ -102,8 +111,10 @@ async def _play(clock: Callable[[], float], scene: Scene, rule: Rule, speeds: Sp
     floods = [f"flood-{idx}" for idx in range(len(scene.flood))]
 
     async def ask(tenant_id: str) -> None:
+        # of its own, so that the moments are the same under every rule
+        moments = random.Random(f"{scene.seed} {tenant_id}")
         while True:
-            await asyncio.sleep(stage.random.expovariate(scene.short_per_s))
+            await asyncio.sleep(moments.expovariate(scene.short_per_s))
             stage.send(stage.work(tenant_id, SHORT_TOKENS, ANSWER_TOKENS))
 
     async def flood(tenant_id: str) -> None:
@@ -121,14 +132,14 @@ async def _play(clock: Callable[[], float], scene: Scene, rule: Rule, speeds: Sp
         for tenant_id, together in zip(floods, scene.flood, strict=True):
             for _ in range(together):
                 stage.run(flood(tenant_id))
-        await asyncio.sleep(WARM_UP_S)
+        await asyncio.sleep(scene.warm_up_s)
         before = computed()
-        await asyncio.sleep(scene.duration_s - WARM_UP_S)
-        taken_s, snapshot = clock() - WARM_UP_S, stage.scheduler.snapshot()
+        await asyncio.sleep(scene.duration_s - scene.warm_up_s)
+        taken_s, snapshot = clock() - scene.warm_up_s, stage.scheduler.snapshot()
         shorts = [
             each
             for each in stage.outcomes
-            if each.work.tenant_id.startswith("short") and each.work.arrived_at_s >= WARM_UP_S
+            if each.work.tenant_id.startswith("short") and each.work.arrived_at_s >= scene.warm_up_s
         ]
         return Result(
             ttft_s=tuple(
