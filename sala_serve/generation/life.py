@@ -123,6 +123,7 @@ class _Life:
         self._engine_request_id = f"{call.request_id}.{uuid.uuid4().hex[:8]}"
         self._started_at_s = parts._clock()
         self._told: Update | None = None
+        self._has_waited = False
 
     def quiet(self) -> Update:
         """Return what can be said when nothing has happened for a while: what was said last."""
@@ -135,6 +136,7 @@ class _Life:
 
     def _tell(self, update: Waiting | Prefilling) -> None:
         self._told = update
+        self._has_waited |= isinstance(update, Waiting)
         self._updates.note(update)
 
     async def live(self) -> None:
@@ -224,7 +226,7 @@ class _Life:
         )
 
     async def _take_turns(self, work: Work, meter: Meter) -> None:
-        """Wait for a turn and run on its engine, again if that engine had not begun or gives way."""
+        """Wait for a turn and run on its engine; again if that engine had not begun, or gives way."""
         num_tries = 1
         while True:
             self._record.enter(Phase.QUEUE)
@@ -244,11 +246,14 @@ class _Life:
                         for engine in self._parts._pool.ready(work.model)
                         if engine is not turn.engine
                     ]
-                    if not others or num_tries >= MAX_TRIES:
+                    if num_tries >= MAX_TRIES or not (others or self._has_waited):
                         raise
+                    if not others:  # whoever did not wait is told to come back, and can be told so
+                        self._parts._scheduler.keep_place(work)
                     num_tries += 1
                     meter.progress = None
-                    logger.warning("%s goes to another engine: %s", work.request_id, error.code)
+                    where = "goes to another engine" if others else "waits again"
+                    logger.warning("%s %s: %s", work.request_id, where, error.code)
 
     async def _dispatch(self, turn: Turn[Engine], meter: Meter) -> None:
         call = self._call

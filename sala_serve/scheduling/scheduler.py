@@ -105,6 +105,7 @@ class Scheduler(Generic[AnyEngine]):
         self._chooser = Chooser(settings, self._queue, self._ready, clock)
         self._gave_way: weakref.WeakSet[Work] = weakref.WeakSet()
         self._num_gave_way = 0
+        self._returning: weakref.WeakSet[Work] = weakref.WeakSet()
         self._plan: dict[Job, Waiting] = {}
         self._planned_at_s = self._looked_at_s = float("-inf")
         self._largest_output_tokens = 0
@@ -133,6 +134,13 @@ class Scheduler(Generic[AnyEngine]):
         finally:
             self._release(job)
 
+    def keep_place(self, work: Work) -> None:
+        """Let ``work``, whose turn came on an engine that was gone, wait again where it was.
+
+        Its next :meth:`turn` is not refused because no engine is ready, nor because the queue is full.
+        """
+        self._returning.add(work)
+
     def forecast(self, work: Work) -> Waiting:
         """Return what ``work`` would be told if it came now."""
         job = self._job(work)
@@ -146,11 +154,13 @@ class Scheduler(Generic[AnyEngine]):
 
     def _admit(self, work: Work) -> Job:
         ledgers = self._ready(work.model)
-        if not ledgers:
+        if not ledgers and work not in self._returning:
             raise EngineUnavailable("No engine that serves this model is ready.")
         num_tokens = work.prompt.num_tokens
         capacities = [ledger.engine.facts.kv_capacity_tokens for ledger in ledgers]
-        largest = max(float("inf") if each is None else each for each in capacities)
+        largest = max(
+            (float("inf") if each is None else each for each in capacities), default=float("inf")
+        )
         if num_tokens >= largest:
             raise PromptDoesNotFit(
                 f"The prompt has {num_tokens} tokens; the engine's memory holds {largest:.0f}, answer included."
@@ -159,8 +169,9 @@ class Scheduler(Generic[AnyEngine]):
         if self._queue.add(job, self._clock()):
             self._joined(work.tenant_id)
         self._start_what_can()
-        # what can start needs no room, and one that gave way has it already
-        if job.placement is None and work not in self._gave_way:
+        # what can start needs no room, and one that had a turn has it already
+        had_turn = work in self._gave_way or work in self._returning
+        if job.placement is None and not had_turn:
             try:
                 self._queue.check_room(job, self._told)
             except QueueFull:

@@ -346,6 +346,38 @@ async def test_no_engine_left_is_an_error_in_the_end(two_engines):
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
+async def test_request_that_waits_keeps_its_place_while_no_engine_is_there(
+    start_stack, eventually, is_stream
+):
+    # an engine that does not say what it works on, and that nobody asks in the moment in which it goes
+    behaviour = Behaviour(num_prompt_tokens=100, ttft_s=60, has_progress=False)
+    settings = {**ONE_AT_A_TIME, "engine_probe_interval_s": 1.0}
+    async with (
+        FakeServer(behaviour) as server,
+        start_stack(engine_urls=[server.url], **settings) as stack,
+    ):
+        body = {**REQUEST, "stream": is_stream}
+        asked = []
+        for number in range(4):
+            one = {**body, "seed": number}
+            asked.append(asyncio.create_task(stack.http.post(PATH, json=one, timeout=30)))
+            await stack.admitted(number + 1)
+        await eventually(lambda: server.engine.journal.num_running == 1)
+        server.kill()
+        assert "engine_lost" in (await asked[0]).text
+        behaviour.ttft_s = 0
+        await eventually(lambda: not stack.gateway.pool.ready())
+        assert stack.gateway.scheduler.snapshot().num_queued == 3
+        refused = await stack.http.post(PATH, json=REQUEST)
+        assert error_of(refused)["code"] == "engine_unavailable"
+        await server.start()
+        for each in asked[1:]:
+            assert "word2" in (await each).text
+        seeds = [each["seed"] for each in server.engine.journal.bodies]
+        assert seeds == [1, 2, 3]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
 async def test_work_that_may_have_begun_is_not_sent_again(two_engines, eventually, is_stream):
     stack, servers = two_engines
     for server in servers:

@@ -101,6 +101,7 @@ async def redis_slow(start_world, durable_redis, slow_way):
         way.delay_s = 0.02
         world.release()
         await world.answered()
+        way.delay_s = 0.0
         return await world.seen()
 
 
