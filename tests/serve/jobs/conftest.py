@@ -44,6 +44,8 @@ class ScriptedEngines:
     """What the following runs play instead."""
     requests: list[EngineRequest] = field(default_factory=list)
     waits_as: str = "prefill"
+    scopes: Scopes | None = None
+    """What keys reach by now; ``None``: what they did."""
     num_running: int = 0
     num_stopped: int = 0
     """Runs that were closed before their end."""
@@ -76,7 +78,7 @@ class ScriptedEngines:
             self.num_stopped += not is_whole
 
     async def current(self, principal: Principal) -> Principal:
-        return principal
+        return principal if self.scopes is None else replace(principal, scopes=self.scopes)
 
     async def count_tokens(self, principal: Principal, document: Mapping[str, Any]) -> int:
         return sum(len(str(message["content"]).split()) for message in document["messages"])

@@ -14,6 +14,7 @@ from sala_serve.jobs.model import Status, new_id
 from sala_serve.jobs.service import Jobs
 from sala_serve.jobs.settings import JobsSettings
 from sala_serve.jobs.store import LeaseLost
+from sala_serve.tenants.model import Scopes
 
 QUICK = {"heartbeat_s": 0.02, "poll_s": 0.02, "lease_s": 0.5, "backoff_s": 0.01, "max_attempts": 3}
 ANSWER = [{"object": "chat.completion", "usage": {"prompt_tokens": 2, "completion_tokens": 1}}]
@@ -201,6 +202,17 @@ async def test_limits_are_waited_for_and_lost_engines_tried_again(make_jobs, eng
     (bad,) = await lines_of(jobs, alice, batch["error_file_id"])
     assert bad["response"]["status_code"] == 502
     assert len(engines.requests) == 6 + 2 + 1 + 3
+
+
+async def test_a_line_needs_a_key_that_still_reaches_its_endpoint(make_jobs, engines, alice):
+    jobs = make_jobs()
+    batch_id = await create(jobs, alice, 1)
+    engines.scopes = Scopes(endpoints=frozenset({"/v1/batches", "/v1/completions"}))
+    async with at_work(jobs):
+        batch = await ended(jobs, alice, batch_id)
+    (bad,) = await lines_of(jobs, alice, batch["error_file_id"])
+    assert bad["response"]["status_code"] == 403
+    assert engines.requests == []
 
 
 async def test_lines_of_any_length_are_read_whatever_pieces_they_lie_in(make_jobs):
