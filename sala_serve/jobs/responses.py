@@ -250,10 +250,9 @@ class Responses:
             tenant_id,
             document=document,
             created_unix_s=document["created_at"],
+            outcome=status,
             input_items=prepared.request.items,
         )
-        job = await self._store.find(tenant_id, document["id"], "response")
-        await self._store.finish_from_outside(job, status, document)
 
 
 class ResponseRunner:

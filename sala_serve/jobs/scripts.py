@@ -48,14 +48,21 @@ end
 SUBMIT = (
     PRELUDE
     + """
--- id lane tenant status created_ms document with_events bytes | events
+-- id lane tenant status created_ms document with_events bytes keep_ms | events
 local id, lane, tenant, status = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local job = 'sala:job:' .. id
 redis.call('HSET', job, 'lane', lane, 'tenant', tenant, 'status', status, 'created', ARGV[5],
     'doc', ARGV[6], 'events', ARGV[7], 'bytes', ARGV[8],
     'attempt', '0', 'token', '0', 'seq', '-1', 'progress', '{}')
-append(job, ARGV, 9)
-if status == 'queued' then enqueue(lane, tenant, id, 'RPUSH') end
+append(job, ARGV, 10)
+if status == 'queued' then
+    redis.call('PERSIST', job .. ':spec')
+    redis.call('PERSIST', job .. ':input')
+    enqueue(lane, tenant, id, 'RPUSH')
+else
+    redis.call('PEXPIRE', job, ARGV[9])
+    redis.call('PEXPIRE', job .. ':input', ARGV[9])
+end
 return 1
 """
 )

@@ -11,13 +11,20 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any, cast
 
-from sala_serve.errors import NotFound
+from sala_serve.errors import NotFound, StateUnavailable
 from sala_serve.jobs import scripts
 from sala_serve.jobs.model import Event, Job, Lease, Status, dump
 from sala_serve.jobs.shelf import Shelf
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        Callable,
+        Collection,
+        Coroutine,
+        Mapping,
+        Sequence,
+    )
 
     from sala_serve.jobs.model import Lane
     from sala_serve.jobs.settings import JobsSettings
@@ -49,6 +56,7 @@ class JobStore:
         self._state = state
         self._now_ms = now_ms
         self._listeners: dict[str, set[asyncio.Event]] = {}
+        self._half_stored: dict[str, tuple[Lane, str]] = {}
         self.submitted = {"response": asyncio.Event(), "batch": asyncio.Event()}
         """Set when this replica has queued a job of a lane, for its workers to look at once."""
         redis = state.redis
@@ -86,10 +94,11 @@ class JobStore:
         document: Mapping[str, Any],
         created_unix_s: float,
         spec: Mapping[str, Any] | None = None,
+        outcome: Status | None = None,
         input_items: Any = None,
         events: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Store a job for the workers to run.
+        """Store a job for the workers to run, or one that is over.
 
         Args:
             job_id: from :func:`new_id`.
@@ -97,8 +106,9 @@ class JobStore:
             tenant_id: its owner.
             document: the object as its owner sees it from now on.
             created_unix_s: when it was asked for.
-            spec: what the worker needs. ``None``: no worker is needed, the caller runs it (or has run it)
-                and calls :meth:`finish_from_outside`.
+            spec: what the worker needs, if one is to run it.
+            outcome: how it has ended, if it has; one step stores it and its end, so that a caller who is cut
+                off, or a store that is, leaves no job that runs for ever.
             input_items: what a later response builds on.
             events: the first ones of its stream; ``None``: no stream is kept.
 
@@ -106,6 +116,7 @@ class JobStore:
             InsufficientQuota: the tenant has too much stored.
             StateUnavailable: the store is away.
         """
+        assert (spec is None) == (outcome is not None and outcome.is_final)
         large = {"spec": spec, "input": input_items}
         bodies = {
             name: await asyncio.to_thread(dump, value)
@@ -114,26 +125,45 @@ class JobStore:
         }
         body = dump(document)
         num_bytes = len(body) + sum(map(len, bodies.values()))
-        for evicted_id in await self.shelves[lane].put(tenant_id, job_id, num_bytes):
-            await self._remove(evicted_id)
-        with self._state.guarded():
-            for name, value in bodies.items():
-                # until the job exists, so that a crash in between leaves nothing for ever
-                await self._state.redis.set(f"sala:job:{job_id}:{name}", value, px=3_600_000)
-            status = Status.RUNNING if spec is None else Status.QUEUED
-            await self._submit(
-                args=[
-                    *(job_id, lane, tenant_id, status.value, int(created_unix_s * 1000), body),
-                    *(int(events is not None), sum(map(len, bodies.values()))),
-                    *(dump(event) for event in events or ()),
-                ]
-            )
-            if spec is None:  # should its caller die before the end is written
-                await self._state.redis.pexpire(f"sala:job:{job_id}", 3_600_000)
-            for name in bodies:
-                await self._state.redis.persist(f"sala:job:{job_id}:{name}")
+        await self._remove_half_stored()
+        arguments: list[str | bytes | int] = [
+            *(job_id, lane, tenant_id, outcome or Status.QUEUED),
+            *(int(created_unix_s * 1000), body, int(events is not None)),
+            *(sum(map(len, bodies.values())), int(self._keep_s(lane) * 1000)),
+            *(dump(event) for event in events or ()),
+        ]
+
+        async def store() -> None:
+            try:
+                for evicted_id in await self.shelves[lane].put(tenant_id, job_id, num_bytes):
+                    await self._remove(evicted_id)
+                with self._state.guarded():
+                    for name, value in bodies.items():
+                        # until the job exists, so that a crash in between leaves nothing for ever
+                        key = f"sala:job:{job_id}:{name}"
+                        await self._state.redis.set(key, value, px=3_600_000)
+                    await self._submit(args=arguments)
+                if outcome is not None:
+                    keep_s = self._keep_s(lane)
+                    await self.shelves[lane].keep(tenant_id, job_id, keep_s=keep_s)
+            except StateUnavailable:
+                self._half_stored[job_id] = (lane, tenant_id)
+                raise
+
+        # also when the client leaves meanwhile: half a job would count as stored for ever
+        await to_its_end(store())
         if spec is not None:
             self.submitted[lane].set()
+
+    async def _remove_half_stored(self) -> None:
+        """Remove what was stored of jobs that are not there, because the store went away in the middle."""
+        for job_id, (lane, tenant_id) in list(self._half_stored.items()):
+            with self._state.guarded():
+                if not await self._state.redis.exists(f"sala:job:{job_id}"):
+                    bodies = (f"sala:job:{job_id}:{name}" for name in ("spec", "input"))
+                    await self._state.redis.unlink(*bodies)
+                    await self.shelves[lane].remove(tenant_id, job_id)
+            self._half_stored.pop(job_id, None)
 
     async def find(self, tenant_id: str, job_id: str, lane: Lane) -> Job:
         """Return a tenant's job.
@@ -482,3 +512,17 @@ def not_found(lane: Lane, job_id: str) -> NotFound:
     """Return the error for an object that a tenant does not have."""
     shown = job_id if len(job_id) <= 80 and job_id.isprintable() else "..."
     return NotFound(f"There is no {lane} with the id '{shown}'.")
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work``, which takes milliseconds, also if this is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    failure = None if task.cancelled() else task.exception()
+    if (ended_by := cancelled or failure) is not None:
+        raise ended_by

@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 
-from sala_serve.errors import InsufficientQuota, NotFound
+from sala_serve.errors import InsufficientQuota, NotFound, StateUnavailable
 from sala_serve.jobs.lines import LineResults
 from sala_serve.jobs.model import Status, new_id
 from sala_serve.jobs.settings import JobsSettings
 from sala_serve.jobs.store import JobStore, LeaseLost
+from sala_serve.state import State, StateSettings
 
 
 class Clock:
@@ -47,6 +49,86 @@ async def submit(store, clock, tenant="alice", spec=None, **more):
         **more,
     )
     return job_id
+
+
+async def test_a_job_that_is_over_is_stored_with_its_end_in_one_step(store, state, clock):
+    job_id = new_id("resp_")
+    await store.submit(
+        job_id,
+        "response",
+        "alice",
+        document={"id": job_id},
+        created_unix_s=clock.ms / 1000,
+        outcome=Status.COMPLETED,
+        input_items=["Hello"],
+    )
+    job = await store.find("alice", job_id, "response")
+    assert job.status is Status.COMPLETED
+    assert await store.input_items(job) == ["Hello"]
+    assert await store.lease("response") is None
+    for key in (f"sala:job:{job_id}", f"sala:job:{job_id}:input"):
+        assert await state.redis.ttl(key) == pytest.approx(
+            store.settings.response_retention_s, abs=60
+        )
+
+
+@pytest.mark.parametrize("is_over", [True, False], ids=["over", "queued"])
+async def test_whoever_stores_a_job_may_leave_at_any_point(store, state, clock, is_over):
+    how = {"outcome": Status.COMPLETED} if is_over else {"spec": {"n": 1}}
+    num_cancelled = 0
+    for num_rounds in range(1, 40):
+        job_id = new_id("resp_")
+        created_unix_s = clock.ms / 1000
+        submitting = store.submit(
+            job_id, "response", "alice", document={}, created_unix_s=created_unix_s, **how
+        )
+        task = asyncio.create_task(submitting)
+        for _ in range(num_rounds):
+            await asyncio.sleep(0)
+        num_cancelled += task.cancel()
+        await asyncio.wait({task})
+        # all of it is there, or nothing
+        is_there = await state.redis.exists(f"sala:job:{job_id}")
+        assert is_there == await state.redis.hexists("sala:shelf:response:alice:bytes", job_id)
+        if is_there:
+            status = await state.redis.hget(f"sala:job:{job_id}", "status")
+            assert status == (b"completed" if is_over else b"queued")
+            assert (await state.redis.ttl(f"sala:job:{job_id}") > 0) == is_over
+            assert is_over or await state.redis.ttl(f"sala:job:{job_id}:spec") == -1
+        else:
+            assert not await state.redis.exists(f"sala:job:{job_id}:spec")
+    assert num_cancelled > 3
+
+
+async def test_what_could_not_be_stored_does_not_count(redis_server, clock):
+    settings = StateSettings(url=redis_server.url, command_timeout_s=20)
+    state = State.create(settings, clock=time.monotonic)
+    store = JobStore(state, JobsSettings(), now_ms=clock)
+    put = store.shelves["response"].put
+
+    async def put_and_lose_redis(*arguments):
+        evicted = await put(*arguments)
+        redis_server.freeze()
+        await state.redis.connection_pool.disconnect()
+        redis_server.stop()
+        return evicted
+
+    await submit(store, clock)
+    store.shelves["response"].put = put_and_lose_redis
+    with pytest.raises(StateUnavailable):
+        await submit(store, clock)
+    store.shelves["response"].put = put
+    redis_server.start()
+    await state.check()
+    # it has lost all it held, so what a durable one would still count is counted again
+    for job_id in store._half_stored:
+        await put("alice", job_id, 500)
+        await state.redis.set(f"sala:job:{job_id}:spec", b"{}")
+    assert await state.redis.hlen("sala:shelf:response:alice:bytes") == 1
+    job_id = await submit(store, clock)
+    assert await state.redis.hkeys("sala:shelf:response:alice:bytes") == [job_id.encode()]
+    assert await state.redis.keys("sala:job:*:spec") == [f"sala:job:{job_id}:spec".encode()]
+    await state.close()
 
 
 async def test_a_job_is_leased_once_and_finished_once(store, clock):
