@@ -31,6 +31,7 @@ from sala_serve.config import (
 from sala_serve.engine.launch import EngineOptions, engine_command, reserved_flag, runs_on_gpu
 from sala_serve.engine.supervisor import EngineStartFailed, EngineSupervisor, RestartPolicy
 from sala_serve.gateway import Gateway
+from sala_serve.memory import freeze_what_stays, keep_large_blocks_apart
 from sala_serve.serving import bind, serve
 from sala_serve.telemetry.logs import configure_logging
 
@@ -169,12 +170,14 @@ def _serve(
     # a request has two sockets; at the usual 1024 the gateway could not even ask whether the engine lives
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    keep_large_blocks_apart()
     logger.info("listening on %s, settings %s", url, gateway.settings.masked())
     if admin_listener is not None:
         logger.info("admin API on %s", _url(admin_listener))
     started_at_s = gateway.clock()
 
     def announce() -> None:
+        freeze_what_stays()
         model = gateway.pool.models()[0]
         key = ' \\\n  -H "Authorization: Bearer $API_KEY"' if gateway.keys.asks_for_keys else ""
         body = json.dumps({"model": model.name, "messages": [{"role": "user", "content": "Hello"}]})

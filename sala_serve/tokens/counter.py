@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tokenizers import AddedToken, Tokenizer
 
 from sala_serve.errors import FieldNotAllowed, InvalidRequest
+from sala_serve.memory import give_back
 from sala_serve.tokens.conversation import developers_as_system, read_messages, read_tools
 from sala_serve.tokens.prompt import Prompt, block_hashes
 from sala_serve.tokens.template import ChatTemplate, TemplateRefused, load_templates
@@ -189,8 +189,7 @@ def _and_give_back(count: Callable[[Mapping[str, Any]], T], document: Mapping[st
     try:
         return count(document)
     finally:
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
-            trim(0)
+        give_back()
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
