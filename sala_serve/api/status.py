@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -40,6 +41,7 @@ def status_routes(gateway: Gateway) -> list[Route]:
         return JSONResponse({"status": "ready"})
 
     async def metrics(_request: Request) -> Response:
+        gateway.metrics.set_tasks(len(asyncio.all_tasks()))
         return Response(gateway.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return [

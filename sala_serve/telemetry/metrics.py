@@ -171,6 +171,10 @@ class Metrics:
         """State how many bytes of request bodies are held."""
         self._of["buffered_bytes"].set(num_bytes)
 
+    def set_tasks(self, num_tasks: int) -> None:
+        """State how many tasks the event loop has."""
+        self._of["tasks"].set(num_tasks)
+
     # reading
 
     def at_scrape(self, source: Callable[[], None]) -> None:

@@ -208,4 +208,7 @@ METRICS = (
         "Settlements and refunds that the state has not confirmed yet.",
     ),
     MetricSpec("buffered_bytes", "gauge", (), "Request bodies held in memory."),
+    MetricSpec(
+        "tasks", "gauge", (), "Tasks of the event loop: they come with requests, and go with them."
+    ),
 )
