@@ -109,6 +109,7 @@ class Scheduler(Generic[AnyEngine]):
         self._plan: dict[Job, Waiting] = {}
         self._planned_at_s = self._looked_at_s = float("-inf")
         self._largest_output_tokens = 0
+        self._largest_prompt_tokens = 0
         self._most_running = 1
 
     @asynccontextmanager
@@ -293,6 +294,7 @@ class Scheduler(Generic[AnyEngine]):
         job.is_long = self._is_long(job)
         job.kv_tokens = ledger.kv_need_tokens(job)
         self._queue.start(job)
+        self._largest_prompt_tokens = max(self._largest_prompt_tokens, work.prompt.num_tokens)
         tenant = self._queue.tenants[work.tenant_id]
         ledger.jobs.append(job)
         self._lane(job, ledger).started(now_s)
@@ -445,7 +447,7 @@ class Scheduler(Generic[AnyEngine]):
     def _gap_bound(self) -> float:
         lightest = min((a.weight for a in self._queue.shares.accounts.values()), default=1.0)
         outputs = self._most_running * self._largest_output_tokens
-        return gap_bound_tokens(self._settings, lightest, outputs)
+        return gap_bound_tokens(self._settings, lightest, outputs, self._largest_prompt_tokens)
 
 
 def _vllm_priority(job: Job) -> int:

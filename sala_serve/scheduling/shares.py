@@ -26,7 +26,10 @@ MAX_WATCHED = 64
 
 
 def gap_bound_tokens(
-    settings: SchedulingSettings, lightest_weight: float, output_tokens: float
+    settings: SchedulingSettings,
+    lightest_weight: float,
+    output_tokens: float,
+    prompt_tokens: float,
 ) -> float:
     """Return by how much the difference of two accounts can change while both tenants wait and could start.
 
@@ -34,19 +37,22 @@ def gap_bound_tokens(
     piece at first. Its long prefill, if it has one, goes on being charged; when it is more than
     ``give_way_tokens`` ahead, it is put back at the next kept state, at most an interval and one report
     later (a report covers less than a piece). What its running requests generate comes on top. The same the other
-    way round, so the spread of the difference is at most twice that. No prompt's length is in it.
+    way round, so the spread of the difference is at most twice that. No prompt's length is in it, unless
+    ``give_way_tokens`` is None: then a long prefill runs to its end.
 
     Args:
         settings: of the scheduler.
         lightest_weight: of the tenants compared.
         output_tokens: most that the running requests of one tenant generate together.
+        prompt_tokens: of the longest prompt.
     """
     jumps = 2 * settings.piece_tokens + settings.output_token_cost * output_tokens
-    if settings.give_way_tokens is not None:
-        jumps += settings.state_interval_tokens
-        ahead = settings.lead_tokens + settings.give_way_tokens
+    ahead = settings.lead_tokens
+    if settings.give_way_tokens is None:
+        jumps += prompt_tokens
     else:
-        ahead = settings.lead_tokens
+        jumps += settings.state_interval_tokens
+        ahead += settings.give_way_tokens
     return 2 * (ahead + jumps / lightest_weight)
 
 

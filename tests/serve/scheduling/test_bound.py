@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fairness.play import Play
     from tests.serve.scheduling.conftest import RunPlay
 
-LONG = 20_480
+LONG = 81_920
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,11 @@ def test_gap_stays_below_its_bound(run_play: RunPlay, scene: list[Arrival], weig
 def test_first_come_first_served_exceeds_it(run_play: RunPlay, scene: list[Arrival]):
     gap, bound = run_play(lambda play: gap_and_bound(play, scene, [1.0] * 4), order="arrival")
     assert gap > bound
+
+
+def test_without_giving_way_the_bound_holds_a_whole_prompt(run_play: RunPlay):
+    def play(**settings: int | None) -> tuple[float, float]:
+        return run_play(lambda play: gap_and_bound(play, FLOODS, [1.0] * 4), **settings)
+
+    (gap, bound), (_, usual_bound) = play(give_way_tokens=None), play()
+    assert usual_bound < gap <= bound

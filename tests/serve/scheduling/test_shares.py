@@ -96,10 +96,10 @@ def test_measured_gap_is_the_largest_over_all_intervals(steps: list[tuple[str, i
 
 
 def test_bound_holds_no_prompt_length_and_shrinks_with_weight(settings: SchedulingSettings):
-    bound = gap_bound_tokens(settings, 1.0, 0)
+    bound = gap_bound_tokens(settings, 1.0, 0, 1 << 20)
     assert bound == 2 * (2048 + 8192 + 4096 + 2 * 2048)
-    assert gap_bound_tokens(settings, 2.0, 0) == 2 * (2048 + 8192 + (4096 + 2 * 2048) / 2)
-    assert gap_bound_tokens(settings, 1.0, 100) == bound + 2 * 4 * 100
+    assert gap_bound_tokens(settings, 2.0, 0, 1 << 20) == 2 * (2048 + 8192 + (4096 + 2 * 2048) / 2)
+    assert gap_bound_tokens(settings, 1.0, 100, 1 << 20) == bound + 2 * 4 * 100
 
 
 def test_lead_beside_a_prefill_counts_from_when_a_tenant_began_to_wait():
