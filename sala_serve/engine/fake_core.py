@@ -188,6 +188,8 @@ class FakeCore:
                 chunk = max(1, int(min(num_left, speed * _STEP_S)))
                 await self._compute(chunk / speed)
                 self._prefilled(job, chunk)
+                # also of a prefill that is not carried on
+                computed.update(job.blocks[: job.num_computed_tokens // CACHE_BLOCK_TOKENS])
         computed.update(job.blocks)
         await self._enter(job, "decoding")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sala_serve.engine.vllm_errors import error_from_vllm
@@ -68,6 +68,10 @@ class Meter:
     """By the engine, with the last token."""
     progress: RequestProgress | None = None
     """The last look; after another turn, of that one."""
+    num_kept_tokens: int = 0
+    """Of the prompt, known to be done when the last turn gave way."""
+    num_found_tokens: int | None = None
+    """Cached tokens that the first turn found, if it gave way: what later ones find beyond is the request's own."""
     num_chunks: int = 0
     """Chunks with tokens; one has one token or more."""
     open_choices: set[int] = field(default_factory=set)
@@ -102,17 +106,36 @@ class Meter:
         """Charge nothing: it failed, and through no fault of the client's."""
         self.is_free = True
 
+    def give_way(self) -> None:
+        """Note that this turn is over; the engine should keep what it has computed."""
+        if self.progress is not None:
+            if self.num_found_tokens is None:
+                self.num_found_tokens = self.progress.num_cached_tokens
+            self.num_kept_tokens = self.progress.num_computed_tokens
+            self.progress = None
+
+    @property
+    def may_give_way(self) -> bool:
+        """Whether what was computed before was found again; else it would never come to an end."""
+        found = 0 if self.progress is None else self.progress.num_cached_tokens
+        return not self.has_first_token and 2 * found >= self.num_kept_tokens
+
     def usage(self) -> Usage | None:
         """Return what is to be charged: as reported, else what is known to be computed; ``None`` is nothing."""
         if self.is_free:
             return None
         if self.reported is not None:
-            return self.reported
+            cached = self._found(self.reported.num_cached_tokens)
+            return replace(self.reported, num_cached_tokens=cached)
         progress = self.progress
-        cached = 0 if progress is None else progress.num_cached_tokens
+        cached = self._found(0 if progress is None else progress.num_cached_tokens)
         if self.has_first_token:
             seen = 0 if progress is None else progress.num_output_tokens
             return Usage(self.num_prompt_tokens, cached, max(seen, self.num_chunks))
-        if progress is None or progress.num_computed_tokens == 0:
-            return None
-        return Usage(progress.num_computed_tokens, cached, 0)
+        done = max(self.num_kept_tokens, 0 if progress is None else progress.num_computed_tokens)
+        return Usage(done, cached, 0) if done else None
+
+    def _found(self, num_cached_tokens: int) -> int:
+        if self.num_found_tokens is None:
+            return num_cached_tokens
+        return min(num_cached_tokens, self.num_found_tokens)

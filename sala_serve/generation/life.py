@@ -235,7 +235,7 @@ class _Life:
                     await self._dispatch(turn, meter)
                     return
                 except _GiveWay:
-                    meter.progress = None
+                    meter.give_way()
                 except (EngineUnavailable, EngineLost, EngineStuck) as error:
                     if isinstance(error, EngineUnavailable):
                         turn.engine.note_unreachable()
@@ -329,7 +329,7 @@ class _Life:
             if progress is not None:
                 meter.progress = progress
                 turn.prefill_progress(progress)
-                if turn.must_give_way and not meter.has_first_token:
+                if turn.must_give_way and meter.may_give_way:
                     scope.cut(_GiveWay())
                     return
                 if progress.phase == "decoding" and not self._call.generation.is_stream:

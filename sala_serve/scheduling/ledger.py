@@ -119,6 +119,8 @@ class EngineLedger:
     decode_rate: Rate = field(init=False)
     """One answer's."""
     mean_output_tokens: float = field(init=False, default=256.0)
+    _left: set[str] = field(init=False, default_factory=set)
+    """Ids of requests of ours that are over and that the last look still shows."""
 
     def __post_init__(self) -> None:
         self.num_starts = self.engine.num_starts
@@ -142,8 +144,15 @@ class EngineLedger:
 
     def foreign(self) -> list[ProgressView]:
         """Return what the engine does for others, for example for another replica of the gateway."""
-        ours = {job.work.request_id for job in self.jobs}
-        return [each for key, each in self.engine.progress.items() if key not in ours]
+        progress = self.engine.progress
+        self._left &= progress.keys()
+        ours = {job.work.request_id for job in self.jobs} | self._left
+        return [each for key, each in progress.items() if key not in ours]
+
+    def leave(self, job: Job) -> None:
+        """Take a request off the page; the last look may go on to show it for a while."""
+        self.jobs.remove(job)
+        self._left.add(job.work.request_id)
 
     def prefills_left(self) -> list[int]:
         """Return the tokens that are left of each prefill it has been given."""

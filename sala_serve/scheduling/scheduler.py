@@ -267,7 +267,7 @@ class Scheduler(Generic[AnyEngine]):
                 ledger.prefixes.add(job.chain, done, job.work.prompt.num_tokens)
             job.is_settled = True
             self._charge(job, ledger)
-            ledger.jobs.remove(job)
+            ledger.leave(job)
         self._chooser.forget(job)
         self._queue.remove(job)
         self._plan.pop(job, None)

@@ -7,8 +7,6 @@ import httpx
 import pytest
 
 from sala_serve.engine.fake import Behaviour, Ending
-from sala_serve.engine.fake_server import FakeServer
-from sala_serve.tenants.model import Limits, Scopes
 
 PATH = "/v1/chat/completions"
 REQUEST = {"model": "sala", "messages": [{"role": "user", "content": "Hi"}]}
@@ -23,31 +21,6 @@ LIMITS = {
 ONE_AT_A_TIME = {"long_prompt_tokens": 50, "max_long_prefills": 1}
 
 
-async def create_key(stack, tenant_id="acme", tier="default", limits=None, **scopes):
-    """Make a tenant and a key of it; returns both as the headers of a request need it."""
-    store = stack.gateway.keys.store
-    limits = Limits(**(limits or {}))
-    tenant = await store.create_tenant(
-        name=tenant_id, tier=tier, limits=limits, tenant_id=tenant_id
-    )
-    _, token = await store.create_key(tenant_id, name="k", scopes=Scopes(**scopes))
-    return tenant, {"Authorization": f"Bearer {token}"}
-
-
-async def used(stack, tenant):
-    """Return the tokens charged, or held as a charge, and those in flight."""
-    found = await stack.gateway.limiter.used(tenant)
-    return found.day, found.flight
-
-
-async def charged(stack, tenant):
-    """Return the tokens charged once nothing is held; a client is let go before the books are closed."""
-    async with asyncio.timeout(20):
-        while (found := await used(stack, tenant))[1] != 0:  # noqa: ASYNC110 - in the store
-            await asyncio.sleep(0.02)
-    return found[0]
-
-
 def error_of(response):
     return response.json()["error"]
 
@@ -55,7 +28,7 @@ def error_of(response):
 # what the engine gets
 
 
-async def test_engine_gets_a_salt_of_the_tenants_own(start_stack):
+async def test_engine_gets_a_salt_of_the_tenants_own(start_stack, create_key):
     async with start_stack(require_keys=True) as stack:
         # long enough not to be in a salt by chance
         names = ("first-of-two", "second-of-two")
@@ -70,7 +43,7 @@ async def test_engine_gets_a_salt_of_the_tenants_own(start_stack):
         assert not any(name in salt for salt in salts for name in names)
 
 
-async def test_engine_serves_better_tiers_and_shorter_prompts_first(start_stack):
+async def test_engine_serves_better_tiers_and_shorter_prompts_first(start_stack, create_key):
     tiers = {"default": {}, "gold": {"priority": -1}}
     async with start_stack(require_keys=True, tiers=tiers) as stack:
         priorities = []
@@ -114,7 +87,9 @@ async def test_service_tier_is_ours_and_does_not_reach_the_engine(start_stack):
     ],
     ids=["model", "endpoint", "length", "tier"],
 )
-async def test_key_does_not_reach_beyond_its_scopes(start_stack, scopes, body, param):
+async def test_key_does_not_reach_beyond_its_scopes(
+    start_stack, scopes, body, param, create_key, used
+):
     tiers = {"default": {}, "gold": {}}
     async with start_stack(require_keys=True, tiers=tiers) as stack:
         tenant, headers = await create_key(stack, limits=LIMITS, **scopes)
@@ -128,7 +103,7 @@ async def test_key_does_not_reach_beyond_its_scopes(start_stack, scopes, body, p
         assert await used(stack, tenant) == (0, 0)
 
 
-async def test_key_reaches_what_its_scopes_name(start_stack):
+async def test_key_reaches_what_its_scopes_name(start_stack, create_key):
     async with start_stack(require_keys=True) as stack:
         _, headers = await create_key(
             stack,
@@ -174,7 +149,7 @@ async def test_what_just_fits_is_served(start_stack):
 # what is charged
 
 
-async def test_limits_are_told_and_refuse_with_a_time(start_stack):
+async def test_limits_are_told_and_refuse_with_a_time(start_stack, create_key):
     async with start_stack(require_keys=True) as stack:
         _, headers = await create_key(stack, limits={"requests_per_min": 2})
         for left in (1, 0):
@@ -193,7 +168,9 @@ async def test_limits_are_told_and_refuse_with_a_time(start_stack):
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-async def test_finished_answer_is_charged_as_the_engine_says(start_stack, is_stream):
+async def test_finished_answer_is_charged_as_the_engine_says(
+    start_stack, is_stream, create_key, used
+):
     async with start_stack(require_keys=True) as stack:
         tenant, headers = await create_key(stack, limits=LIMITS)
         body = {**REQUEST, "stream": is_stream}
@@ -202,7 +179,9 @@ async def test_finished_answer_is_charged_as_the_engine_says(start_stack, is_str
         assert await used(stack, tenant) == (5 + 3, 0)
 
 
-async def test_running_request_holds_what_it_may_use(start_stack, eventually):
+async def test_running_request_holds_what_it_may_use(
+    start_stack, eventually, create_key, used, charged
+):
     async with start_stack(Behaviour(ttft_s=60), require_keys=True) as stack:
         tenant, headers = await create_key(stack, limits=LIMITS)
         body = {**REQUEST, "max_tokens": 100}
@@ -213,7 +192,7 @@ async def test_running_request_holds_what_it_may_use(start_stack, eventually):
         await charged(stack, tenant)
 
 
-async def test_what_should_be_cached_is_not_held_at_its_full_price(start_stack):
+async def test_what_should_be_cached_is_not_held_at_its_full_price(start_stack, create_key):
     behaviour = Behaviour(num_prompt_tokens=None, num_cached_tokens=None, max_model_len=8192)
     scheduling = {"state_interval_tokens": 512, "engine_block_tokens": 512}
     settings = {"require_keys": True, "scheduling": scheduling}
@@ -229,7 +208,9 @@ async def test_what_should_be_cached_is_not_held_at_its_full_price(start_stack):
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-async def test_client_that_leaves_the_queue_pays_nothing(start_stack, eventually, is_stream):
+async def test_client_that_leaves_the_queue_pays_nothing(
+    start_stack, eventually, is_stream, create_key, charged
+):
     behaviour = Behaviour(ttft_s=60, num_prompt_tokens=100, num_cached_tokens=0)
     settings = {**ONE_AT_A_TIME, "require_keys": True}
     async with start_stack(behaviour, **settings) as stack:
@@ -247,7 +228,9 @@ async def test_client_that_leaves_the_queue_pays_nothing(start_stack, eventually
         asked.cancel()
 
 
-async def test_client_that_leaves_a_stream_pays_for_what_came(start_stack, eventually):
+async def test_client_that_leaves_a_stream_pays_for_what_came(
+    start_stack, eventually, create_key, charged
+):
     async with start_stack(Behaviour(itl_s=0.05, num_tokens=400), require_keys=True) as stack:
         tenant, headers = await create_key(stack, limits=LIMITS)
         body = {**REQUEST, "stream": True}
@@ -270,7 +253,7 @@ async def test_client_that_leaves_a_stream_pays_for_what_came(start_stack, event
     ],
     ids=["failed", "refused"],
 )
-async def test_what_the_engine_refuses_is_free(start_stack, behaviour, settings):
+async def test_what_the_engine_refuses_is_free(start_stack, behaviour, settings, create_key, used):
     async with start_stack(behaviour, require_keys=True, **settings) as stack:
         tenant, headers = await create_key(stack, limits=LIMITS)
         response = await stack.http.post(PATH, json=REQUEST, headers=headers)
@@ -280,7 +263,9 @@ async def test_what_the_engine_refuses_is_free(start_stack, behaviour, settings)
 
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize("ending", [Ending.CONNECTION_LOST, Ending.ERROR_EVENT])
-async def test_answer_that_the_engine_breaks_off_is_free(start_stack, ending, is_stream):
+async def test_answer_that_the_engine_breaks_off_is_free(
+    start_stack, create_key, used, ending, is_stream
+):
     # a whole answer has no events; it is cut in the middle
     async with start_stack(Behaviour(ending=ending, num_tokens=9), require_keys=True) as stack:
         tenant, headers = await create_key(stack, limits=LIMITS)
@@ -290,7 +275,7 @@ async def test_answer_that_the_engine_breaks_off_is_free(start_stack, ending, is
         assert await used(stack, tenant) == (0, 0)
 
 
-async def test_deadline_is_paid_since_a_client_can_shorten_it(start_stack):
+async def test_deadline_is_paid_since_a_client_can_shorten_it(start_stack, create_key, used):
     behaviour = Behaviour(itl_s=0.05, num_tokens=10_000)
     async with start_stack(behaviour, require_keys=True, total_s=0.5) as stack:
         tenant, headers = await create_key(stack, limits=LIMITS)
@@ -298,100 +283,6 @@ async def test_deadline_is_paid_since_a_client_can_shorten_it(start_stack):
         response = await stack.http.post(PATH, json=body, headers=headers)
         assert "total_timeout" in response.text
         assert await used(stack, tenant) >= (5 + 1, 0)
-
-
-# who is asked again
-
-
-@pytest.fixture
-async def two_engines(start_stack, eventually):
-    """A gateway in front of two engines that it looks at rarely, so that it finds out by itself."""
-    async with FakeServer() as one, FakeServer() as two:
-        urls = [one.url, two.url]
-        async with start_stack(engine_urls=urls, engine_probe_interval_s=30) as stack:
-            await eventually(lambda: len(stack.gateway.pool.ready()) == 2)
-            yield stack, [one, two]
-
-
-def bodies_of(server):
-    return server.engine.journal.bodies
-
-
-async def until_served_by(stack, servers):
-    """Ask once; return who served it, the other one last."""
-    assert (await stack.http.post(PATH, json=REQUEST)).status_code == 200
-    return sorted(servers, key=lambda each: -len(bodies_of(each)))
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-async def test_request_goes_to_another_engine_if_one_is_not_reached(two_engines, is_stream):
-    stack, servers = two_engines
-    one, _ = await until_served_by(stack, servers)
-    one.kill()
-    for seed in range(4):
-        body = {**REQUEST, "stream": is_stream, "seed": seed}
-        response = await stack.http.post(PATH, json=body)
-        assert response.status_code == 200
-        assert "word2" in response.text
-    assert sum(map(len, map(bodies_of, servers))) == 5
-
-
-async def test_no_engine_left_is_an_error_in_the_end(two_engines):
-    stack, servers = two_engines
-    for server in servers:
-        server.kill()
-    response = await stack.http.post(PATH, json=REQUEST)
-    assert response.status_code == 503
-    assert error_of(response)["code"] == "engine_unavailable"
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-async def test_request_that_waits_keeps_its_place_while_no_engine_is_there(
-    start_stack, eventually, is_stream
-):
-    # an engine that does not say what it works on, and that nobody asks in the moment in which it goes
-    behaviour = Behaviour(num_prompt_tokens=100, ttft_s=60, has_progress=False)
-    settings = {**ONE_AT_A_TIME, "engine_probe_interval_s": 1.0}
-    async with (
-        FakeServer(behaviour) as server,
-        start_stack(engine_urls=[server.url], **settings) as stack,
-    ):
-        body = {**REQUEST, "stream": is_stream}
-        asked = []
-        for number in range(4):
-            one = {**body, "seed": number}
-            asked.append(asyncio.create_task(stack.http.post(PATH, json=one, timeout=30)))
-            await stack.admitted(number + 1)
-        await eventually(lambda: server.engine.journal.num_running == 1)
-        server.kill()
-        assert "engine_lost" in (await asked[0]).text
-        behaviour.ttft_s = 0
-        await eventually(lambda: not stack.gateway.pool.ready())
-        assert stack.gateway.scheduler.snapshot().num_queued == 3
-        refused = await stack.http.post(PATH, json=REQUEST)
-        assert error_of(refused)["code"] == "engine_unavailable"
-        await server.start()
-        for each in asked[1:]:
-            assert "word2" in (await each).text
-        seeds = [each["seed"] for each in server.engine.journal.bodies]
-        assert seeds == [1, 2, 3]
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-async def test_work_that_may_have_begun_is_not_sent_again(two_engines, eventually, is_stream):
-    stack, servers = two_engines
-    for server in servers:
-        server.behaviour.ttft_s = 60
-    body = {**REQUEST, "stream": is_stream}
-    asked = asyncio.create_task(stack.http.post(PATH, json=body))
-    await eventually(lambda: any(map(bodies_of, servers)))
-    for server in servers:
-        if bodies_of(server):
-            server.kill()
-    response = await asked
-    assert response.status_code == 502
-    assert error_of(response)["code"] == "engine_lost"
-    assert sum(map(len, map(bodies_of, servers))) == 1
 
 
 # what a stream is told

@@ -161,7 +161,7 @@ async def test_retry_keeps_its_own_deadline(start_stack, eventually):
 
 
 async def test_error_reaches_all_who_wait(start_stack, eventually):
-    async with start_stack(Behaviour(ttft_s=60), first_token_s=0.5) as stack:
+    async with start_stack(Behaviour(ttft_s=60), first_token_s=1.5) as stack:
         first = ask(stack, headers=KEY)
         await until_computed(stack, eventually)
         answers = await asyncio.gather(first, ask(stack, headers=KEY))
@@ -202,10 +202,10 @@ async def test_operator_sees_how_far_a_whole_answer_is(start_stack, eventually):
         asked = ask(stack)
         (request,) = await _running(stack, eventually)
         record = request.record
-        await eventually(lambda: record.phase == "prefill")
+        await eventually(lambda: getattr(record.note, "total_tokens", None) == 7)
+        assert record.phase == "prefill"
         assert (record.num_prompt_tokens, record.tier) == (7, "default")
         assert record.engine_id in stack.gateway.pool.engines
-        await eventually(lambda: getattr(record.note, "total_tokens", None) == 7)
         await asked
         assert record.phases_s["prefill"] > 0.3
 
