@@ -106,6 +106,7 @@ class Gateway:
             clock=clock,
         )
         tracing = tracing_from_env(os.environ)
+        running = RunningRequests(settings.server.max_running_requests)
         engines = GenerationEngines(
             generations,
             counter,
@@ -114,6 +115,7 @@ class Gateway:
             tenants=settings.tenants,
             bodies=settings.bodies,
             deadlines=Deadlines(**settings.deadlines.model_dump()),
+            running=running,
             settings=settings.jobs,
             metrics=metrics,
             tracing=tracing,
@@ -133,7 +135,7 @@ class Gateway:
             scheduler=scheduler,
             generations=generations,
             answers=SharedAnswers(generations, retry_grace_s=settings.server.retry_grace_s),
-            running=RunningRequests(settings.server.max_running_requests),
+            running=running,
             uploads=uploads,
             jobs=Jobs(
                 settings.jobs,

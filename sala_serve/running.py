@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from sala_serve.errors import ClientDisconnected, Conflict, Overloaded, ShuttingDown
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable
+    from collections.abc import AsyncIterator, Awaitable, Iterator
     from types import TracebackType
 
     from starlette.types import Receive
@@ -30,6 +30,7 @@ class RunningRequest:
     def __init__(self, record: RequestRecord | None = None) -> None:
         self._scope = asyncio.timeout(None)
         self._cause: Exception | None = None
+        self._is_inside = False
         self.record = record
         self.is_waiting = False
         """Whether it waits for an engine, so that another gateway may as well have it."""
@@ -38,6 +39,9 @@ class RunningRequest:
 
     async def __aenter__(self) -> RunningRequest:
         await self._scope.__aenter__()
+        self._is_inside = True
+        if self._cause is not None:  # cut before it began
+            self._cut_now()
         return self
 
     async def __aexit__(
@@ -46,6 +50,7 @@ class RunningRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._is_inside = False
         try:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError:
@@ -56,7 +61,11 @@ class RunningRequest:
         """Cancel what the block awaits; the block raises ``cause``. Later cuts change nothing."""
         if self._cause is None:
             self._cause = cause
-            self._scope.reschedule(asyncio.get_running_loop().time())
+            if self._is_inside:
+                self._cut_now()
+
+    def _cut_now(self) -> None:
+        self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def while_client_stays(self, work: Awaitable[T], receive: Receive) -> T:
         """Await ``work``; cut the block when the client disconnects.
@@ -87,6 +96,7 @@ class RunningRequests:
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
         self._requests: dict[RunningRequest, None] = {}
+        self._shown: dict[RunningRequest, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_draining = False
@@ -121,14 +131,27 @@ class RunningRequests:
             if not self._requests:
                 self._idle.set()
 
+    @contextmanager
+    def show(self, record: RequestRecord) -> Iterator[RunningRequest]:
+        """Let something that no client waits for be seen and cancelled; it is neither admitted nor drained.
+
+        Whoever runs it enters what this yields.
+        """
+        request = RunningRequest(record)
+        self._shown[request] = None
+        try:
+            yield request
+        finally:
+            del self._shown[request]
+
     def snapshot(self) -> list[RunningRequest]:
-        """Return what runs now, oldest first."""
-        return list(self._requests)
+        """Return what runs now, for clients and for nobody, each oldest first."""
+        return [*self._requests, *self._shown]
 
     def cancel(self, request_id: str) -> bool:
         """Cut the requests with this id, on an operator's behalf; tell whether there was one."""
         found = [
-            each for each in self._requests if each.record and each.record.request_id == request_id
+            each for each in self.snapshot() if each.record and each.record.request_id == request_id
         ]
         for each in found:
             each.cut(Conflict("The request was cancelled by the operator."))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sala_serve.bodies import Generation
+    from sala_serve.running import RunningRequest
     from sala_serve.telemetry import RequestRecord
     from sala_serve.tenants.model import Principal
 
@@ -62,6 +63,8 @@ class Call:
     """Service tier; ``None``: the body's ``service_tier`` if the key may use it, else the tenant's."""
     is_charged_when_cut: Callable[[], bool] = lambda: True
     """Asked when it is broken off from outside: whether that was its owner, who pays for what was computed."""
+    scope: RunningRequest | None = field(default=None, repr=False)
+    """Cuts it from outside; ``None``: it ends early only by being closed."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class _Life:
     async def live(self) -> None:
         """Run the call to its end."""
         parts, call = self._parts, self._call
-        async with RunningRequest() as scope:
+        async with call.scope or RunningRequest() as scope:
             message = "The answer was not complete within the deadline of the whole request."
             with _cut_after(scope, call.deadlines.total_s, TotalTimeout(message)):
                 self._record.enter(Phase.COUNT)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sala_serve.generation.life import Generations
     from sala_serve.jobs.running import EngineRequest, Piece
     from sala_serve.jobs.settings import JobsSettings
+    from sala_serve.running import RunningRequest, RunningRequests
     from sala_serve.telemetry import Metrics, Tracing
     from sala_serve.tenants.keys import KeyRing
     from sala_serve.tenants.model import Principal
@@ -54,6 +55,7 @@ class GenerationEngines:
         tenants: TenantsSettings,
         bodies: BodySettings,
         deadlines: Deadlines,
+        running: RunningRequests,
         settings: JobsSettings,
         metrics: Metrics,
         tracing: Tracing,
@@ -66,6 +68,7 @@ class GenerationEngines:
         self._tenants = tenants
         self._bodies = bodies
         self._deadlines = deadlines
+        self._running = running
         self._batch_tier = settings.batch_tier if settings.batch_tier in tenants.tiers else None
         # nobody waits for a job: it may take as long as it moves
         self._job_deadlines = replace(deadlines, queue_s=settings.queue_timeout_s, total_s=None)
@@ -96,9 +99,10 @@ class GenerationEngines:
         self._metrics.request_started(record.endpoint)
         try:
             principal = await self.current(request.principal)
-            async with aclosing(self._run(request, principal, record)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            with self._running.show(record) as scope:
+                async with aclosing(self._run(request, principal, record, scope)) as pieces:
+                    async for piece in pieces:
+                        yield piece
             record.status = 200
         except GatewayError as error:
             record.status, record.error_code = error.status, error.code
@@ -116,7 +120,11 @@ class GenerationEngines:
         return (await self._counter.count_chat(document)).num_tokens
 
     async def _run(
-        self, request: EngineRequest, principal: Principal, record: RequestRecord
+        self,
+        request: EngineRequest,
+        principal: Principal,
+        record: RequestRecord,
+        scope: RunningRequest | None = None,
     ) -> AsyncGenerator[Piece]:
         generation = request.generation
         if generation is None:
@@ -131,6 +139,7 @@ class GenerationEngines:
             trace_headers=record.trace.headers(request.trace_headers),
             tier=self._batch_tier if request.is_batch else None,
             is_charged_when_cut=request.is_charged_when_cut,
+            scope=scope,
         )
         last: Piece | None = None
         async with aclosing(self._generations.run(call)) as updates:

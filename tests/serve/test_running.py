@@ -2,8 +2,9 @@ import asyncio
 
 import pytest
 
-from sala_serve.errors import ClientDisconnected, EngineLost, Overloaded, ShuttingDown
+from sala_serve.errors import ClientDisconnected, Conflict, EngineLost, Overloaded, ShuttingDown
 from sala_serve.running import RunningRequest, RunningRequests
+from sala_serve.telemetry import RequestRecord
 
 
 async def silent_client():
@@ -12,6 +13,37 @@ async def silent_client():
 
 async def gone_client():
     return {"type": "http.disconnect"}
+
+
+async def test_what_is_shown_is_cut_before_it_begins_or_while_it_runs_and_never_afterwards():
+    running = RunningRequests(max_requests=1)
+    record = RequestRecord("job-1", "/v1/responses", started_at_s=0.0)
+
+    async def run(request):
+        async with request:
+            has_begun.set()
+            await asyncio.Event().wait()
+
+    has_begun = asyncio.Event()
+    with running.show(record) as request:
+        assert running.snapshot() == [request]
+        assert len(running) == 0  # neither admitted nor drained
+        assert running.cancel("job-1")
+        with pytest.raises(Conflict):
+            await run(request)
+    assert running.snapshot() == []
+    has_begun.clear()
+    with running.show(record) as request:
+        task = asyncio.create_task(run(request))
+        await has_begun.wait()
+        assert running.cancel("job-1")
+        with pytest.raises(Conflict):
+            await task
+    with running.show(record) as request:
+        async with request:
+            pass
+        assert running.cancel("job-1")  # too late to change anything
+    assert not running.cancel("job-1")
 
 
 async def test_result_and_error_of_the_work_come_through():

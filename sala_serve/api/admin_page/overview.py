@@ -17,6 +17,7 @@ from sala_serve.api.admin_page.view import (
 )
 from sala_serve.errors import NotFound, StateUnavailable
 from sala_serve.generation.call import Prefilling
+from sala_serve.jobs.service import LANES
 from sala_serve.scheduling.work import Waiting
 from sala_serve.telemetry import Phase
 from sala_serve.tenants.model import DEFAULT_TENANT_ID
@@ -63,8 +64,10 @@ class GatewayActions:
     async def overview(self) -> Overview:
         """Look at everything."""
         gateway = self._gateway
+        jobs: tuple[tuple[str, str, int], ...] = ()
         try:
             tenants = await self._tenants()
+            jobs = await self._jobs()
         except* StateUnavailable:
             tenants = None
         # from here on at one instant: what the scheduler says is about the requests that are shown
@@ -82,6 +85,7 @@ class GatewayActions:
                 if each.record is not None
             ),
             tenants=None if tenants is None else _tenant_rows(tenants, snapshot),
+            jobs=jobs,
             queued_tokens=snapshot.queued_work_tokens,
             expected_drain_s=snapshot.expected_drain_s,
             service_gap_tokens=snapshot.service_gap_tokens,
@@ -115,6 +119,16 @@ class GatewayActions:
         async with asyncio.TaskGroup() as group:
             reading = [group.create_task(self._read(tenant)) for tenant in tenants]
         return [(tenant, *task.result()) for tenant, task in zip(tenants, reading, strict=True)]
+
+    async def _jobs(self) -> tuple[tuple[str, str, int], ...]:
+        store = self._gateway.jobs.store
+        counts = [(lane, await store.counts(lane)) for lane in LANES]
+        return tuple(
+            (lane, status, number)
+            for lane, of_lane in counts
+            for status, number in of_lane.items()
+            if number
+        )
 
     async def _read(self, tenant: Tenant) -> tuple[Used, list[StoredKey]]:
         used = await self._gateway.limiter.used(tenant)

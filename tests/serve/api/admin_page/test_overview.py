@@ -102,6 +102,39 @@ async def test_cancel_ends_the_request_and_frees_the_engine(start_stack, eventua
         assert not await actions.cancel_request("long-0")
 
 
+async def test_background_response_is_seen_with_its_progress_and_cancelled(start_stack, eventually):
+    async with start_stack(SLOW) as stack:
+        actions = GatewayActions(stack.gateway)
+        body = {"model": "sala", "input": "w " * 20_000, "background": True}
+        response_id = (await stack.http.post("/v1/responses", json=body)).json()["id"]
+
+        async def seen():
+            async with asyncio.timeout(20):
+                while True:
+                    view = await actions.overview()
+                    if view.requests and view.requests[0].done_tokens:
+                        return view
+                    await asyncio.sleep(0.02)
+
+        view = await seen()
+        (row,) = view.running
+        assert (row.endpoint, row.tenant_id, row.phase) == ("/v1/responses", "default", "prefill")
+        assert 0 < row.done_tokens < row.num_prompt_tokens
+        assert view.jobs == (("response", "in_progress", 1),)
+        assert await actions.cancel_request(row.request_id)
+        await eventually(lambda: not stack.engine.core.jobs)
+        url = f"/v1/responses/{response_id}"
+        async with asyncio.timeout(20):
+            while True:
+                answer = (await stack.http.get(url)).json()
+                if answer["status"] == "failed":
+                    break
+                await asyncio.sleep(0.02)
+        assert answer["error"]["message"] == "The request was cancelled by the operator."
+        await eventually(lambda: not stack.gateway.running.snapshot())
+        assert (await actions.overview()).jobs == ()
+
+
 async def test_revoked_key_does_not_work_any_more(start_stack, eventually):
     async with busy(start_stack, eventually, key_cache_s=0.01) as (stack, key, _):
         actions = GatewayActions(stack.gateway)
