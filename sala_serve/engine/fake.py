@@ -90,7 +90,8 @@ class FakeEngine:
 
     async def _health(self, _request: Request) -> Response:
         await self.listen()
-        return Response(status_code=self.behaviour.health_status)
+        status = 503 if self.core.is_dead else self.behaviour.health_status
+        return Response(status_code=status)
 
     async def _metrics(self, _request: Request) -> Response:
         await self.listen()

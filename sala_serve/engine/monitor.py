@@ -108,6 +108,11 @@ class EngineMonitor:
         if self.status.is_ready:
             self._gone("the connection is refused")
 
+    def note_broken(self) -> None:
+        """Take note that a connection broke in the middle; the next good probe, at once if it lives, tells more."""
+        if self.status.is_ready:
+            self._set_down("a connection broke")
+
     def note_restarted(self) -> None:
         """Take note that it is another process than a moment ago, though no probe has missed it."""
         self.num_starts += 1
@@ -143,7 +148,7 @@ class EngineMonitor:
         except (EngineUnavailable, EngineLost):
             self._answered_at_s = self._clock()
             self._is_silent = False
-            if self.status.is_ready or self.is_stuck:
+            if not self._was_gone:
                 self._gone("the connection is refused")
         except (ValueError, KeyError, TypeError):
             self._set_down("its list of models cannot be read")

@@ -112,6 +112,10 @@ class Engine:
         """Take it out until the next good probe; for who could not connect."""
         self.monitor.note_unreachable()
 
+    def note_broken(self) -> None:
+        """Take it out until the next good probe; for whose connection broke, lest others follow."""
+        self.monitor.note_broken()
+
     async def run(self) -> None:
         """Watch the engine; cancel to stop."""
         async with asyncio.TaskGroup() as group:

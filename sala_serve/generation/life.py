@@ -239,8 +239,11 @@ class _Life:
                 except (EngineUnavailable, EngineLost, EngineStuck) as error:
                     if isinstance(error, EngineUnavailable):
                         turn.engine.note_unreachable()
-                    elif meter.has_started:
-                        raise
+                    else:
+                        # one that dies answers each request with an error before it is gone
+                        turn.engine.note_broken()
+                        if meter.has_started:
+                            raise
                     others = [
                         engine
                         for engine in self._parts._pool.ready(work.model)
