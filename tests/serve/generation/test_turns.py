@@ -223,3 +223,28 @@ async def test_long_prefill_gives_way_and_still_ends_whole(
             assert answer.text.endswith("data: [DONE]\n\n")
         # its own earlier turns are no gift of the cache
         assert await charged(stack, tenant) == 3000 + 3
+
+
+async def test_dying_engine_does_not_take_the_queue_along(start_stack, eventually):
+    # its core is dead and its server answers each request with that, for longer than the queue is deep
+    behaviour = Behaviour(num_prompt_tokens=100, ttft_s=60, has_progress=False)
+    async with (
+        FakeServer(behaviour) as server,
+        start_stack(engine_urls=[server.url], **ONE_AT_A_TIME) as stack,
+    ):
+        server.engine.core.on_death = lambda: None
+        asked = []
+        for number in range(4):
+            body = {**REQUEST, "seed": number}
+            asked.append(asyncio.create_task(stack.http.post(PATH, json=body, timeout=30)))
+            await stack.admitted(number + 1)
+        await eventually(lambda: server.engine.journal.num_running == 1)
+        server.engine.core.die()
+        assert "engine_lost" in (await asked[0]).text
+        behaviour.ttft_s = 0
+        await asyncio.sleep(0.2)
+        assert stack.gateway.scheduler.snapshot().num_queued == 3
+        server.kill()
+        await server.start()
+        for each in asked[1:]:
+            assert "word2" in (await each).text
