@@ -24,9 +24,8 @@ NUM_RETRIEVAL_TOKENS = 16_384
 
 QUESTION = "What is the passkey for the {}?"
 FACT = "The passkey for the {} is {}."
-PASSKEY = ("north tower", "48213")
-OTHER_FACTS = {0.3: ("old mill", "90657"), 0.7: ("red bridge", "13874")}
-"""Depth in the document -> what is said there besides."""
+FACTS = {0.1: ("old mill", "90657"), 0.5: ("red bridge", "13874"), 0.9: ("north tower", "48213")}
+"""Depth in the document -> key and value of what is said there."""
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -35,11 +34,10 @@ def chat(content: str) -> list[Any]:
     return [{"role": "user", "content": content}]
 
 
-def document(stack: Stack, depth_frac: float) -> str:
-    """``NUM_RETRIEVAL_TOKENS`` tokens, less room for a question, with the passkey and other facts."""
-    facts = {**OTHER_FACTS, depth_frac: PASSKEY}
+def document(stack: Stack) -> str:
+    """``NUM_RETRIEVAL_TOKENS`` tokens, less room for a question, with the facts."""
     paragraphs = stack.long_text(NUM_RETRIEVAL_TOKENS - 150).split("\n\n")
-    for place_frac, (key, value) in sorted(facts.items(), reverse=True):
+    for place_frac, (key, value) in sorted(FACTS.items(), reverse=True):
         paragraphs.insert(int(place_frac * len(paragraphs)), FACT.format(key, value))
     return "\n\n".join(paragraphs)
 
@@ -118,12 +116,13 @@ async def test_wrong_field_names_it(client: AsyncOpenAI) -> None:
     assert (caught.value.code, caught.value.param) == ("invalid_request", "temperature")
 
 
-@pytest.mark.parametrize("depth_frac", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("depth_frac", FACTS)
 async def test_passkey_is_found_in_16k_tokens(
     stack: Stack, client: AsyncOpenAI, depth_frac: float
 ) -> None:
-    key, value = PASSKEY
-    messages = chat(f"{document(stack, depth_frac)}\n\n{QUESTION.format(key)}")
+    # the document is computed for the first question only
+    key, value = FACTS[depth_frac]
+    messages = chat(f"{document(stack)}\n\n{QUESTION.format(key)}")
     answer = await client.chat.completions.create(
         model=MODEL, messages=messages, max_tokens=32, temperature=0
     )
@@ -135,11 +134,12 @@ async def test_passkey_is_found_in_16k_tokens(
 async def test_follow_up_on_a_long_document_reads_only_what_is_new(
     stack: Stack, client: AsyncOpenAI
 ) -> None:
-    messages = chat(f"{document(stack, 0.9)}\n\n{QUESTION.format(PASSKEY[0])}")
+    messages: list[Any] = []
     options: dict[str, Any] = {"model": MODEL, "max_tokens": 32, "temperature": 0}
-    for key, value in [PASSKEY, *OTHER_FACTS.values()]:
-        if messages[1:]:
-            messages.append({"role": "user", "content": QUESTION.format(key)})
+    for key, value in FACTS.values():
+        messages += chat(
+            QUESTION.format(key) if messages else f"{document(stack)}\n\n{QUESTION.format(key)}"
+        )
         answer = await client.chat.completions.create(messages=messages, **options)
         content = answer.choices[0].message.content
         assert numbers(content) == [value], content
