@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,7 @@ class EngineMonitor:
         self._is_silent = False
         self._makes_no_progress = False
         self._ready = asyncio.Event()
+        self._in_doubt = asyncio.Event()
         self._on_stuck: Callable[[str], None] = lambda _reason: None
         self.num_starts = 0
         """Times that it has become ready as another process than before."""
@@ -91,8 +93,11 @@ class EngineMonitor:
     async def run(self) -> None:
         """Probe for ever; cancel to stop."""
         while True:
+            self._in_doubt.clear()
             await self.probe()
-            await asyncio.sleep(self._probe_interval_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._probe_interval_s):
+                    await self._in_doubt.wait()
 
     async def wait_ready(self) -> None:
         """Return once the engine is ready."""
@@ -112,6 +117,7 @@ class EngineMonitor:
         """Take note that a connection broke in the middle; the next good probe, at once if it lives, tells more."""
         if self.status.is_ready:
             self._set_down("a connection broke")
+            self._in_doubt.set()
 
     def note_restarted(self) -> None:
         """Take note that it is another process than a moment ago, though no probe has missed it."""

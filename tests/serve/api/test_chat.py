@@ -112,7 +112,9 @@ async def test_early_error_of_a_stream_keeps_its_status(stack):
 
 
 @pytest.mark.parametrize("ending", [Ending.CONNECTION_LOST, Ending.SILENT_END, Ending.ERROR_EVENT])
-async def test_stream_ends_with_an_error_when_the_engine_breaks_off(start_stack, ending):
+async def test_stream_ends_with_an_error_when_the_engine_breaks_off(
+    start_stack, eventually, ending
+):
     async with start_stack(Behaviour(ending=ending)) as stack:
         response = await stack.http.post(PATH, json={**REQUEST, "stream": True})
         events = response.text.split("\n\n")
@@ -121,6 +123,7 @@ async def test_stream_ends_with_an_error_when_the_engine_breaks_off(start_stack,
         assert error["code"] == "engine_lost"
         assert error["type"] == "server_error"
         assert "[DONE]" not in response.text
+        await eventually(stack.gateway.pool.ready)
         with pytest.raises(openai.APIError, match="before the answer was complete"):
             async for _ in await stack.client.chat.completions.create(
                 model="sala", messages=MESSAGES, stream=True

@@ -1,3 +1,4 @@
+import asyncio
 import json
 
 import pytest
@@ -13,7 +14,7 @@ MODELS = {"data": [{"id": "m", "created": 5, "max_model_len": 100}]}
 class Engine:
     """What the engine answers next, and the time."""
 
-    def __init__(self):
+    def __init__(self, probe_interval_s=1.0):
         self.health = 200
         self.models = MODELS
         self.now_s = 0.0
@@ -22,7 +23,7 @@ class Engine:
             self,
             engine_id="e",
             metrics=Metrics(),
-            probe_interval_s=1.0,
+            probe_interval_s=probe_interval_s,
             stuck_after_s=60.0,
             clock=lambda: self.now_s,
         )
@@ -71,6 +72,17 @@ async def test_unreachable_engine_is_out_until_the_next_good_probe():
     assert not engine.is_ready
     await engine.monitor.probe()
     assert engine.is_ready
+
+
+async def test_engine_whose_connection_broke_is_asked_at_once(eventually):
+    engine = Engine(probe_interval_s=3600)
+    watching = asyncio.create_task(engine.monitor.run())
+    await eventually(lambda: engine.is_ready)
+    engine.monitor.note_broken()
+    assert not engine.is_ready
+    await eventually(lambda: engine.is_ready)
+    assert engine.monitor.num_starts == 1
+    watching.cancel()
 
 
 async def test_late_answers_are_forgiven_until_the_engine_counts_as_stuck():
