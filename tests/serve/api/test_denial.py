@@ -219,7 +219,7 @@ async def test_body_that_comes_too_slowly_is_given_up(start_stack, monkeypatch):
 
         async def steadily():
             for _ in range(10):
-                yield b" " * 200
+                yield b" " * 20_000
                 await asyncio.sleep(0.05)
             yield json.dumps(REQUEST).encode()
 
