@@ -25,19 +25,29 @@ ENVIRONMENT = {"rest": {"OMP_NUM_THREADS": "1"}}
 NUM_AT_A_TIME = 3
 """On two cores: half of what the gateway's tests do is wait."""
 KILL_AFTER_S = 30
+MAX_AGAIN = 5
+"""Failed tests that are run again alone, once all else has ended: the parts take time from each other, and some
+tests are about time. With more of them, it is not the machine."""
 ENDED_BY_ITSELF = (0, 1)
 """pytest's exit codes for "all tests ran": all passed, some failed."""
 
 
-async def run(name: str, options: list[str], folder: Path, ends_at_s: float) -> bool:
-    """Run a part, then print all it said; return whether all of its tests ran."""
+async def run(
+    name: str,
+    options: list[str],
+    folder: Path,
+    ends_at_s: float,
+    tests: list[str] | None = None,
+) -> bool:
+    """Run a part, or ``tests`` of it again, then print all it said; return whether all of its tests ran."""
     began_at_s = time.monotonic()
-    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={folder / name}.xml"]
-    log = folder / f"{name}.log"
+    title = name if tests is None else f"{name} again"
+    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={folder / title}.xml"]
+    log = folder / f"{title}.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *command,
-            *PARTS[name],
+            *(PARTS[name] if tests is None else tests),
             env=os.environ | ENVIRONMENT.get(name, {}),
             stdout=output,
             stderr=output,
@@ -52,12 +62,12 @@ async def run(name: str, options: list[str], folder: Path, ends_at_s: float) -> 
             is_late = True
             process.send_signal(number)
     await ending
-    print(f"== {name}, {time.monotonic() - began_at_s:.0f} s")
+    print(f"== {title}, {time.monotonic() - began_at_s:.0f} s")
     print(log.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
     if is_late:
-        print(f"scripts/test: {name}: over the budget of all parts together")
+        print(f"scripts/test: {title}: over the budget of all parts together")
     elif process.returncode not in ENDED_BY_ITSELF:
-        print(f"scripts/test: {name}: pytest ended with {process.returncode}")
+        print(f"scripts/test: {title}: pytest ended with {process.returncode}")
     return not is_late and process.returncode in ENDED_BY_ITSELF
 
 
@@ -70,18 +80,41 @@ async def run_all(options: list[str], folder: Path, budget_s: float) -> int:
         async with places:
             return await run(name, options, folder, ends_at_s)
 
-    return (await asyncio.gather(*map(take_turn, PARTS))).count(False)
+    num_broken = (await asyncio.gather(*map(take_turn, PARTS))).count(False)
+    failed = {name: failed_tests(folder / f"{name}.xml") for name in PARTS}
+    if num_broken == 0 and sum(map(len, failed.values())) <= MAX_AGAIN:
+        for name, tests in failed.items():
+            if tests and not await run(name, options, folder, ends_at_s, tests):
+                num_broken += 1
+    return num_broken
+
+
+def failed_tests(path: Path) -> list[str]:
+    """Return pytest's names of what failed in a part, from its JUnit file."""
+    if not path.exists():
+        return []
+    cases = ElementTree.fromstring(path.read_text(encoding="utf-8")).iter("testcase")
+    return [
+        f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
 
 
 def total(files: list[Path], num_broken: int, seconds: float) -> tuple[str, bool]:
     """Add up JUnit files; return pytest's closing line and whether all is well.
 
-    A part that did not run to its end counts as an error.
+    A part that did not run to its end counts as an error. What was run again counts as it ended then.
     """
     counts = Counter(errors=num_broken)
     for path in files:
+        is_again = path.stem.endswith(" again")
+        has_again = path.with_stem(f"{path.stem} again").exists()
+        keys = {"failures", "errors"} if is_again else {"skipped", "tests"}
+        if not is_again and not has_again:
+            keys |= {"failures", "errors"}
         for suite in ElementTree.fromstring(path.read_text(encoding="utf-8")).iter("testsuite"):
-            for key in ("failures", "errors", "skipped", "tests"):
+            for key in keys:
                 counts[key] += int(suite.get(key, 0))
     errors_of_tests = counts["errors"] - num_broken
     passed = counts["tests"] - counts["failures"] - counts["skipped"] - errors_of_tests
