@@ -318,6 +318,10 @@ def step_result(
 def test_kernels_match_reference(
     device: str, step: str, heads: int, kv_heads: int, dim: int
 ) -> None:
+    if device == "cpu" and heads == 17 and step != "mixed":
+        pytest.skip(
+            "the other steps are a GPU's work, not the interpreter's; a mixed one has them all"
+        )
     for dtype in dtypes(device) if dim == 32 or device == "cuda" else [torch.float16]:
         blocks, q, keys = step_result(device, step, dtype, heads, kv_heads, dim)
         expected = by_reference(q, keys, STEPS[step][1], CHOICE)
