@@ -54,7 +54,7 @@ async def test_whatever_is_sent_the_answer_is_documented(start_stack, tmp_path):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "schemathesis.cli", "run", str(path), "--url", stack.url),
             *("--header", f"Authorization: Bearer {KEY}", "--checks", ",".join(CHECKS)),
-            *("--phases", "coverage,fuzzing", "--max-examples", "5"),
+            *("--phases", "coverage,fuzzing", "--max-examples", "8"),
             *("--seed", "1", "--no-shrink", "--continue-on-failure", "--request-timeout", "10"),
             *("--generation-database", "none"),
             cwd=tmp_path,
