@@ -36,18 +36,8 @@ def load(path: Path, dtype: torch.dtype | None = None) -> SalaForCausalLM:
         CheckpointError: a weight is missing, unexpected or of another shape; the names are listed.
     """
     spec = SalaSpec.from_file(path)
-    weights = _read_weights(path)
-    expected = spec.weight_shapes()
-    problems = [f"missing: {name}" for name in expected if name not in weights]
-    problems += [f"unexpected: {name}" for name in weights if name not in expected]
-    problems += [
-        f"{name}: expected shape {list(expected[name])}, got {list(tensor.shape)}"
-        for name, tensor in weights.items()
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise CheckpointError(f"{path}: {len(problems)} weights do not fit config.json: {shown}")
+    weights = read_weights(path)
+    check_weights(path, weights, spec.weight_shapes())
     with torch.device("meta"):
         model = SalaForCausalLM(spec)
     # the slopes are no weights: the meta device left them empty
@@ -80,10 +70,21 @@ def save(
     full = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **config}
     if SalaSpec.from_config(full) != model.spec:
         raise CheckpointError("config does not describe the model that is being saved")
+    save_weights(model.state_dict(), path, dtype, max_shard_bytes)
+    write_json(path / "config.json", full)
+
+
+def save_weights(
+    weights: Mapping[str, torch.Tensor],
+    path: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 8_000_000,
+) -> None:
+    """Write sharded safetensors with their index; arguments as in :func:`save`."""
     path.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, torch.Tensor]] = [{}]
     shard_bytes = total_bytes = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         if shards[-1] and shard_bytes + stored.nbytes > max_shard_bytes:
             shards.append({})
@@ -100,7 +101,6 @@ def save(
     write_json(
         path / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     )
-    write_json(path / "config.json", full)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -108,7 +108,32 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def check_weights(
+    path: Path, weights: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare what a folder holds with the names and shapes that its configuration asks for.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected or of another shape; the names are listed.
+    """
+    problems = [f"missing: {name}" for name in expected if name not in weights]
+    problems += [f"unexpected: {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name}: expected shape {list(expected[name])}, got {list(tensor.shape)}"
+        for name, tensor in weights.items()
+        if name in expected and tuple(tensor.shape) != expected[name]
+    ]
+    if problems:
+        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise CheckpointError(f"{path}: {len(problems)} weights do not fit config.json: {shown}")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a folder's safetensors files.
+
+    Raises:
+        CheckpointError: there are none, or one cannot be read.
+    """
     index = path / INDEX_NAME
     if index.exists():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

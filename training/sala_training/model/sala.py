@@ -13,11 +13,11 @@ from sala_training.model.mixers import LightningMixer, RMSNorm, SparseMixer
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, spec: SalaSpec) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token of ``x`` [..., hidden]."""
@@ -35,7 +35,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.self_attn = SparseMixer(spec) if kind is LayerKind.SPARSE else LightningMixer(spec)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = MLP(spec)
+        self.mlp = MLP(spec.hidden_size, spec.intermediate_size)
 
     def forward(self, hidden: Tensor, dense: bool = False) -> Tensor:
         """Transform the residual stream [batch, tokens, hidden]; ``dense`` reaches sparse mixers."""

@@ -1,0 +1,1 @@
+"""HALO: an ordinary Transformer becomes a SALA model, stage by stage."""
