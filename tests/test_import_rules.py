@@ -55,7 +55,12 @@ RULES = [
         excepted=("sala_kernels.spec",),
     ),
     Rule("vllm_ext/**/*.py", ("sala_serve", "sala_training")),
-    Rule("training/sala_training/**/*.py", ("vllm", "vllm_ext", "sala_serve")),
+    Rule(
+        "training/sala_training/**/*.py",
+        ("vllm", "vllm_ext", "sala_serve"),
+        # chats are rendered by the code that serves
+        excepted=("sala_serve.tokens.counter.TokenCounter", "sala_serve.errors.InvalidRequest"),
+    ),
     Rule("kernels/sala_kernels/**/*.py", only=("torch", "triton", "sala_kernels")),
     Rule("kernels/sala_kernels/**/reference.py", no_implementations=True),
     Rule("kernels/sala_kernels/spec.py", only=()),

@@ -121,7 +121,7 @@ class TokenCounter:
 
     def _chat(self, document: Mapping[str, Any]) -> Prompt:
         return self._prompt(
-            document, self._encode(self.chat_text(document), _flag(document, "add_special_tokens"))
+            document, self.encode(self.chat_text(document), _flag(document, "add_special_tokens"))
         )
 
     def chat_text(self, document: Mapping[str, Any]) -> str:
@@ -161,11 +161,12 @@ class TokenCounter:
         adds = _flag(document, "add_special_tokens", default=True)
         prompts = []
         for prompt in _prompts(document.get("prompt")):
-            ids = self._encode(prompt, adds) if isinstance(prompt, str) else prompt
+            ids = self.encode(prompt, adds) if isinstance(prompt, str) else prompt
             prompts.append(self._prompt(document, ids))
         return prompts
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text."""
         # the plain encode() holds the interpreter's lock for seconds and makes offsets that nobody reads
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
