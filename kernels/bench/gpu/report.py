@@ -236,6 +236,20 @@ def latencies(results: Results) -> str:
     return "\n".join(rows)
 
 
+def offloads(results: Results) -> str:
+    """Return what it takes to answer again after eviction, with and without CPU memory."""
+    rows = [
+        "| CPU memory, GiB | prompt tokens | brought back | first, s | again, s | tokens equal |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in results.find("offload", "come_back"):
+        rows.append(
+            f"| {line['offload_gib'] or 'none'} | {line['prompt_tokens']:,} | {line['external_hit_tokens']:,} "
+            f"| {line['first_s']:.3g} | {line['again_s']:.3g} | {'yes' if line['equal'] else '**no**'} |"
+        )
+    return "\n".join(rows)
+
+
 def needles(results: Results) -> str:
     """Format the answers about passkeys."""
     rows = ["| prompt tokens | right | TTFT, s |", "| --- | --- | --- |"]
@@ -294,6 +308,8 @@ def markdown(results: Results) -> str:
         parts.append("\n".join(rows))
     if results.find("needle", "needle"):
         parts += ["## Passkeys, demo checkpoint", needles(results)]
+    if results.find("offload", "come_back"):
+        parts += ["## A prompt that was evicted from the GPU, asked again", offloads(results)]
     return "\n\n".join(parts) + "\n"
 
 
