@@ -34,8 +34,8 @@ Beside the same questions. Service gap: how far the service of two tenants drift
 at the gateway, so not for *vLLM alone*. The bound is that of *fair*."""
 CALIBRATION = """\
 The stages `sala` and `serving` of the GPU run, played again. Speeds of long prompts, of a lone question and what small steps cost
-are put in; how a question and its answer fare beside a million-token prefill is not. The real engine of that run still computed
-a long prompt's last 16,384 tokens in whole steps ([0008](../../../docs/decisions/0008-long-prefills.md))."""
+are put in; how a question and its answer fare beside a million-token prefill is not. The two stages may be
+of two machines, so a prefill beside others is compared with the one alone in its own stage."""
 
 
 @dataclass(frozen=True)
