@@ -59,9 +59,7 @@ class Files:
         self.settings = settings
         self._state = state
         self._wall_clock = wall_clock
-        self._shelf = Shelf(
-            state, "file", max_bytes=settings.file_bytes_per_tenant, may_evict=False
-        )
+        self._shelf = Shelf(state, "file")
         redis = state.redis
         self._append = redis.register_script(scripts.FILE_APPEND)
         self._publish = redis.register_script(scripts.FILE_PUBLISH)

@@ -15,6 +15,16 @@ milliseconds of Redis' own clock, unless a caller gives one, so that replicas ne
     sala:jobs:LANE:delayed   zset    jobs that wait for another attempt, by when it is due
     sala:jobs:LANE:leases    zset    jobs that run, by when their lease ends
     sala:jobs:LANE:dead      stream  jobs given up after their last attempt
+
+What a tenant has stored of one kind (the lane of a job, or ``file``) is counted on its shelf, in the step that
+stores or removes it: were it another step, a crash between the two would leave what counts for ever.
+
+::
+
+    sala:shelf:KIND:T:index   zset    objects of tenant T by when they were stored
+    sala:shelf:KIND:T:bytes   hash    what each counts for
+    sala:shelf:KIND:T:total   string  the sum
+    sala:shelf:KIND:T:expiry  zset    objects that may go, by when they do
 """
 
 PRELUDE = """
@@ -43,18 +53,76 @@ local function holds(job, token)
     local known = redis.call('HMGET', job, 'token', 'status')
     return known[1] == token and known[2] == 'in_progress'
 end
+local function shelf_of(kind, tenant) return 'sala:shelf:' .. kind .. ':' .. tenant end
+local function drop(shelf, id)
+    local size = redis.call('HGET', shelf .. ':bytes', id) or '0'
+    redis.call('HDEL', shelf .. ':bytes', id)
+    redis.call('ZREM', shelf .. ':index', id)
+    redis.call('ZREM', shelf .. ':expiry', id)
+    redis.call('DECRBY', shelf .. ':total', size)
+end
+local function drop_expired(shelf, now)
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', shelf .. ':expiry', '-inf', ms(now))) do
+        drop(shelf, id)
+    end
+    return tonumber(redis.call('GET', shelf .. ':total') or '0')
+end
+local function may_go(shelf, id, bytes, at)
+    local old = redis.call('HGET', shelf .. ':bytes', id)
+    if not old then return end
+    redis.call('HSET', shelf .. ':bytes', id, ms(bytes or tonumber(old)))
+    redis.call('INCRBY', shelf .. ':total', ms((bytes or tonumber(old)) - tonumber(old)))
+    redis.call('ZADD', shelf .. ':expiry', ms(at), id)
+end
+"""
+
+_REMOVE = """
+local function remove(id)
+    local job = 'sala:job:' .. id
+    local known = redis.call('HMGET', job, 'lane', 'tenant')
+    if not known[1] then return 0 end
+    redis.call('ZREM', 'sala:jobs:' .. known[1] .. ':leases', id)
+    redis.call('ZREM', 'sala:jobs:' .. known[1] .. ':delayed', id)
+    redis.call('DEL', job, job .. ':spec', job .. ':input', job .. ':events', job .. ':lines')
+    drop(shelf_of(known[1], known[2]), id)
+    return 1
+end
 """
 
 SUBMIT = (
     PRELUDE
+    + _REMOVE
     + """
--- id lane tenant status created_ms document with_events bytes keep_ms | events
+local function make_room(shelf, bytes, now, limit)
+    local missing, victims = drop_expired(shelf, now) + bytes - limit, {}
+    for _, other in ipairs(missing > 0 and redis.call('ZRANGE', shelf .. ':expiry', 0, -1) or {}) do
+        if missing <= 0 then break end
+        missing = missing - tonumber(redis.call('HGET', shelf .. ':bytes', other) or 0)
+        victims[#victims + 1] = other
+    end
+    if missing > 0 then return false end
+    for _, other in ipairs(victims) do
+        drop(shelf, other)
+        remove(other)
+    end
+    return true
+end
+-- id lane tenant status created_ms document with_events body_bytes keep_ms now limit | events
+-- the tenant's finished jobs that would expire first give way; answers 0: there is no room all the same
 local id, lane, tenant, status = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local job = 'sala:job:' .. id
+local job, shelf, now = 'sala:job:' .. id, shelf_of(lane, tenant), now_ms(ARGV[10])
+local bytes = #ARGV[6] + tonumber(ARGV[8])
+if not make_room(shelf, bytes, now, tonumber(ARGV[11])) then
+    redis.call('DEL', job .. ':spec', job .. ':input')
+    return 0
+end
+redis.call('ZADD', shelf .. ':index', ms(now), id)
+redis.call('HSET', shelf .. ':bytes', id, ms(bytes))
+redis.call('INCRBY', shelf .. ':total', ms(bytes))
 redis.call('HSET', job, 'lane', lane, 'tenant', tenant, 'status', status, 'created', ARGV[5],
     'doc', ARGV[6], 'events', ARGV[7], 'bytes', ARGV[8],
     'attempt', '0', 'token', '0', 'seq', '-1', 'progress', '{}')
-append(job, ARGV, 10)
+append(job, ARGV, 12)
 if status == 'queued' then
     redis.call('PERSIST', job .. ':spec')
     redis.call('PERSIST', job .. ':input')
@@ -62,6 +130,7 @@ if status == 'queued' then
 else
     redis.call('PEXPIRE', job, ARGV[9])
     redis.call('PEXPIRE', job .. ':input', ARGV[9])
+    may_go(shelf, id, nil, now + tonumber(ARGV[9]))
 end
 return 1
 """
@@ -159,14 +228,16 @@ return 1
 FINISH = (
     PRELUDE
     + """
--- id token status document now keep_ms keep_events_ms bytes dead_because | events
+-- id token status document now keep_ms keep_events_ms dead_because | events
 -- without a token: from outside, whoever runs the job, unless it is over
 local id, token, job = ARGV[1], ARGV[2], 'sala:job:' .. ARGV[1]
 local known = redis.call('HMGET', job, 'status', 'lane', 'tenant')
 if not known[1] or is_final(known[1]) then return 0 end
 if token ~= '' and not holds(job, token) then return 0 end
-append(job, ARGV, 10)
-redis.call('HSET', job, 'status', ARGV[3], 'doc', ARGV[4], 'bytes', ARGV[8], 'progress', '{}')
+append(job, ARGV, 9)
+local bytes = #ARGV[4] + redis.call('STRLEN', job .. ':input')
+may_go(shelf_of(known[2], known[3]), id, bytes, now_ms(ARGV[5]) + tonumber(ARGV[6]))
+redis.call('HSET', job, 'status', ARGV[3], 'doc', ARGV[4], 'bytes', ms(bytes), 'progress', '{}')
 redis.call('HINCRBY', job, 'token', 1)
 redis.call('ZREM', 'sala:jobs:' .. known[2] .. ':leases', id)
 redis.call('ZREM', 'sala:jobs:' .. known[2] .. ':delayed', id)
@@ -175,9 +246,9 @@ redis.call('PEXPIRE', job, ARGV[6])
 redis.call('PEXPIRE', job .. ':input', ARGV[6])
 redis.call('PEXPIRE', job .. ':events', ARGV[7])
 redis.call('UNLINK', job .. ':lines')
-if ARGV[9] ~= '' then
+if ARGV[8] ~= '' then
     redis.call('XADD', 'sala:jobs:' .. known[2] .. ':dead', 'MAXLEN', '~', 1000, '*', 'job', id,
-        'tenant', known[3], 'because', ARGV[9])
+        'tenant', known[3], 'because', ARGV[8])
 end
 return 1
 """
@@ -203,17 +274,26 @@ return 1
 """
 )
 
-DELETE = (
+TOUCH = (
     PRELUDE
     + """
--- id
+-- id now keep_ms: keep a finished job as if it had finished now
 local id, job = ARGV[1], 'sala:job:' .. ARGV[1]
-local lane = redis.call('HGET', job, 'lane')
-if not lane then return 0 end
-redis.call('ZREM', 'sala:jobs:' .. lane .. ':leases', id)
-redis.call('ZREM', 'sala:jobs:' .. lane .. ':delayed', id)
-redis.call('DEL', job, job .. ':spec', job .. ':input', job .. ':events', job .. ':lines')
+local known = redis.call('HMGET', job, 'status', 'lane', 'tenant')
+if not known[1] or not is_final(known[1]) then return 0 end
+redis.call('PEXPIRE', job, ARGV[3])
+redis.call('PEXPIRE', job .. ':input', ARGV[3])
+may_go(shelf_of(known[2], known[3]), id, nil, now_ms(ARGV[2]) + tonumber(ARGV[3]))
 return 1
+"""
+)
+
+DELETE = (
+    PRELUDE
+    + _REMOVE
+    + """
+-- id
+return remove(ARGV[1])
 """
 )
 

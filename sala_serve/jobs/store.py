@@ -11,7 +11,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any, cast
 
-from sala_serve.errors import NotFound, StateUnavailable
+from sala_serve.errors import InsufficientQuota, NotFound
 from sala_serve.jobs import scripts
 from sala_serve.jobs.model import Event, Job, Lease, Status, dump
 from sala_serve.jobs.shelf import Shelf
@@ -56,7 +56,6 @@ class JobStore:
         self._state = state
         self._now_ms = now_ms
         self._listeners: dict[str, set[asyncio.Event]] = {}
-        self._half_stored: dict[str, tuple[Lane, str]] = {}
         self.submitted = {"response": asyncio.Event(), "batch": asyncio.Event()}
         """Set when this replica has queued a job of a lane, for its workers to look at once."""
         redis = state.redis
@@ -70,18 +69,8 @@ class JobStore:
         self._delete = redis.register_script(scripts.DELETE)
         self._counts = redis.register_script(scripts.COUNTS)
         self._cancel = redis.register_script(scripts.CANCEL)
-        self.shelves: Mapping[str, Shelf] = {
-            "response": Shelf(
-                state,
-                "response",
-                max_bytes=settings.response_bytes_per_tenant,
-                may_evict=True,
-                now_ms=now_ms,
-            ),
-            "batch": Shelf(
-                state, "batch", max_bytes=_BATCH_BYTES_PER_TENANT, may_evict=True, now_ms=now_ms
-            ),
-        }
+        self._touch = redis.register_script(scripts.TOUCH)
+        self._shelves = {lane: Shelf(state, lane, now_ms=now_ms) for lane in self.submitted}
 
     # what any replica may do
 
@@ -123,47 +112,30 @@ class JobStore:
             for name, value in large.items()
             if value is not None
         }
-        body = dump(document)
-        num_bytes = len(body) + sum(map(len, bodies.values()))
-        await self._remove_half_stored()
+        bound = self._max_bytes(lane)
         arguments: list[str | bytes | int] = [
             *(job_id, lane, tenant_id, outcome or Status.QUEUED),
-            *(int(created_unix_s * 1000), body, int(events is not None)),
+            *(int(created_unix_s * 1000), dump(document), int(events is not None)),
             *(sum(map(len, bodies.values())), int(self._keep_s(lane) * 1000)),
+            *(self._now(), bound),
             *(dump(event) for event in events or ()),
         ]
 
         async def store() -> None:
-            try:
-                for evicted_id in await self.shelves[lane].put(tenant_id, job_id, num_bytes):
-                    await self._remove(evicted_id)
-                with self._state.guarded():
-                    for name, value in bodies.items():
-                        # until the job exists, so that a crash in between leaves nothing for ever
-                        key = f"sala:job:{job_id}:{name}"
-                        await self._state.redis.set(key, value, px=3_600_000)
-                    await self._submit(args=arguments)
-                if outcome is not None:
-                    keep_s = self._keep_s(lane)
-                    await self.shelves[lane].keep(tenant_id, job_id, keep_s=keep_s)
-            except StateUnavailable:
-                self._half_stored[job_id] = (lane, tenant_id)
-                raise
+            with self._state.guarded():
+                for name, value in bodies.items():
+                    # until the job exists, so that a crash in between leaves nothing for ever
+                    await self._state.redis.set(f"sala:job:{job_id}:{name}", value, px=3_600_000)
+                fits = await cast("Any", self._submit(args=arguments))
+            if not fits:
+                raise InsufficientQuota(
+                    f"Your stored {lane} objects would be larger than {bound} bytes together; delete some first."
+                )
 
-        # also when the client leaves meanwhile: half a job would count as stored for ever
+        # also when the client leaves meanwhile, so that no bodies lie about for an hour
         await to_its_end(store())
         if spec is not None:
             self.submitted[lane].set()
-
-    async def _remove_half_stored(self) -> None:
-        """Remove what was stored of jobs that are not there, because the store went away in the middle."""
-        for job_id, (lane, tenant_id) in list(self._half_stored.items()):
-            with self._state.guarded():
-                if not await self._state.redis.exists(f"sala:job:{job_id}"):
-                    bodies = (f"sala:job:{job_id}:{name}" for name in ("spec", "input"))
-                    await self._state.redis.unlink(*bodies)
-                    await self.shelves[lane].remove(tenant_id, job_id)
-            self._half_stored.pop(job_id, None)
 
     async def find(self, tenant_id: str, job_id: str, lane: Lane) -> Job:
         """Return a tenant's job.
@@ -221,7 +193,7 @@ class JobStore:
         newest_first: bool = True,
     ) -> list[Job] | None:
         """Return a tenant's jobs in order of creation; ``None`` if there is no job ``after``."""
-        ids = await self.shelves[lane].page(
+        ids = await self._shelves[lane].page(
             tenant_id, after=after, limit=limit, newest_first=newest_first
         )
         if ids is None:
@@ -253,24 +225,19 @@ class JobStore:
         Returns:
             Whether it was this call that ended it.
         """
-        return await self._end(
-            job.job_id, "", job.lane, job.tenant_id, status, document, events=events, dead=None
-        )
+        return await self._end(job.job_id, "", job.lane, status, document, events=events, dead=None)
 
     async def delete(self, job: Job) -> None:
         """Remove a job and all that is stored of it; a worker that runs it stops."""
-        await self._remove(job.job_id)
-        await self.shelves[job.lane].remove(job.tenant_id, job.job_id)
+        with self._state.guarded():
+            await self._delete(args=[job.job_id])
         self._ring(job.job_id)
 
     async def touch(self, job: Job) -> None:
         """Keep a finished job for as long as if it had finished now."""
         keep_ms = int(self._keep_s(job.lane) * 1000)
         with self._state.guarded():
-            await self._state.redis.pexpire(f"sala:job:{job.job_id}", keep_ms)
-            await self._state.redis.pexpire(f"sala:job:{job.job_id}:input", keep_ms)
-        keep_s = self._keep_s(job.lane)
-        await self.shelves[job.lane].keep(job.tenant_id, job.job_id, keep_s=keep_s)
+            await self._touch(args=[job.job_id, self._now(), keep_ms])
 
     async def events(self, job_id: str, after: int) -> list[Event]:
         """Return stored events with a sequence number above ``after``, some hundreds at a time."""
@@ -419,7 +386,7 @@ class JobStore:
             LeaseLost: as for :meth:`append`; nothing has changed.
         """
         is_ended = await self._end(
-            *(lease.job_id, str(lease.token), lease.lane, lease.tenant_id, status, document),
+            *(lease.job_id, str(lease.token), lease.lane, status, document),
             events=events,
             dead=dead,
         )
@@ -462,7 +429,6 @@ class JobStore:
         job_id: str,
         token: str,
         lane: Lane,
-        tenant_id: str,
         status: Status,
         document: Mapping[str, Any],
         *,
@@ -470,31 +436,27 @@ class JobStore:
         dead: str | None,
     ) -> bool:
         assert status.is_final
-        body, keep_s = dump(document), self._keep_s(lane)
+        keep_s = self._keep_s(lane)
         with self._state.guarded():
-            num_input_bytes = await self._state.redis.strlen(f"sala:job:{job_id}:input")
             is_ended = await cast(
                 "Any",
                 self._finish(
                     args=[
-                        *(job_id, token, status.value, body, self._now(), int(keep_s * 1000)),
+                        *(job_id, token, status.value, dump(document), self._now()),
+                        int(keep_s * 1000),
                         int(min(self.settings.event_retention_s, keep_s) * 1000),
-                        num_input_bytes + len(body),
                         dead or "",
                         *(dump(event) for event in events),
                     ]
                 ),
             )
         if is_ended:
-            await self.shelves[lane].keep(
-                tenant_id, job_id, num_input_bytes + len(body), keep_s=keep_s
-            )
             self._ring(job_id)
         return bool(is_ended)
 
-    async def _remove(self, job_id: str) -> None:
-        with self._state.guarded():
-            await self._delete(args=[job_id])
+    def _max_bytes(self, lane: Lane) -> int:
+        is_response = lane == "response"
+        return self.settings.response_bytes_per_tenant if is_response else _BATCH_BYTES_PER_TENANT
 
     def _keep_s(self, lane: Lane) -> float:
         settings = self.settings
