@@ -14,6 +14,7 @@ from sala_serve.api.objects import (
     Page,
     StoredObject,
     answers,
+    json_body,
     page_of,
     page_parameters,
     path_parameter,
@@ -92,14 +93,7 @@ def batches_router(gateway: Gateway) -> APIRouter:
     @router.post(
         "/v1/batches",
         responses=answers(BatchObject),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {"schema": {"$ref": "#/components/schemas/CreateBatch"}}
-                },
-            }
-        },
+        openapi_extra=json_body(CreateBatch),
     )
     async def create_batch(request: Request) -> Response:
         """Run the requests of a file within a day."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -12,7 +12,7 @@ from starlette.routing import Route
 from sala_serve.api.progress import PROGRESS_HEADER, progress_event
 from sala_serve.api.sse import AnswerWriter
 from sala_serve.bodies import parse_generation
-from sala_serve.errors import ClientDisconnected, GatewayError, InvalidRequest
+from sala_serve.errors import GatewayError, InvalidRequest
 from sala_serve.events import DONE_EVENT
 from sala_serve.generation import (
     PROMPT_FIELDS,
@@ -25,7 +25,7 @@ from sala_serve.generation import (
 )
 from sala_serve.generation.life import ASSUMED_OUTPUT_TOKENS
 from sala_serve.generation.shared import Asked
-from sala_serve.middleware import principal_of, send_error
+from sala_serve.middleware import principal_of
 from sala_serve.telemetry import Phase, RequestRecord
 
 if TYPE_CHECKING:
@@ -97,15 +97,7 @@ class GenerationEndpoint:
                         writer.headers.update(headers)
                         await writer.write_json(body)
         except GatewayError as error:
-            record.status, record.error_code = error.status, error.code
-            if isinstance(error, ClientDisconnected) or writer.is_whole_started:
-                return  # the server closes the connection of an answer that is not complete
-            if not writer.is_started:
-                await send_error(error, scope, receive, send)
-                return
-            with suppress(ClientDisconnected):
-                await writer.write_event(error.event())
-                await writer.finish()
+            await writer.fail(error, scope, receive)
 
     def _parse(self, raw: bytes) -> tuple[Generation, bytes]:
         bounds = self._gateway.settings.bodies

@@ -51,6 +51,12 @@ def answers(model: type[BaseModel], *, also: str | None = None) -> dict[int | st
     return {200: success}
 
 
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return OpenAPI's entry of a body of JSON; ``openapi_document`` has the schema of ``model``."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def path_parameter(name: str) -> dict[str, Any]:
     """Return OpenAPI's description of a part of the path."""
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}

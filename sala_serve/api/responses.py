@@ -17,6 +17,7 @@ from sala_serve.api.objects import (
     Page,
     StoredObject,
     answers,
+    json_body,
     page_of,
     page_parameters,
     path_parameter,
@@ -27,14 +28,14 @@ from sala_serve.api.objects import (
 from sala_serve.api.progress import EVENT_NAME
 from sala_serve.api.sse import AnswerWriter
 from sala_serve.bodies import parse_object
-from sala_serve.errors import ClientDisconnected, GatewayError, InvalidRequest
+from sala_serve.errors import GatewayError, InvalidRequest
 from sala_serve.events import comment, named_event
 from sala_serve.generation.call import Reserved
 from sala_serve.jobs.model import Event, Job, dump
 from sala_serve.jobs.response_request import parse_response_request
 from sala_serve.jobs.responses import response_view
 from sala_serve.jobs.running import Progress
-from sala_serve.middleware import principal_of, send_error
+from sala_serve.middleware import principal_of
 from sala_serve.telemetry import RequestRecord
 
 if TYPE_CHECKING:
@@ -100,8 +101,6 @@ class InputTokens(StoredObject):
 
 
 _OPENING_EVENTS = ("response.created", "response.in_progress")
-_BODY_SCHEMA = {"$ref": "#/components/schemas/CreateResponse"}
-_REQUEST_BODY = {"required": True, "content": {"application/json": {"schema": _BODY_SCHEMA}}}
 _ONE = {"parameters": [path_parameter("response_id")]}
 
 
@@ -113,7 +112,7 @@ def responses_router(gateway: Gateway) -> APIRouter:
     @router.post(
         "/v1/responses",
         responses=answers(ResponseObject, also="text/event-stream"),
-        openapi_extra={"requestBody": _REQUEST_BODY},
+        openapi_extra=json_body(CreateResponse),
     )
     async def create_response(_request: Request) -> Response:
         """Answer a conversation; streamed, stored, or in the background."""
@@ -122,7 +121,7 @@ def responses_router(gateway: Gateway) -> APIRouter:
     @router.post(
         "/v1/responses/input_tokens",
         responses=answers(InputTokens),
-        openapi_extra={"requestBody": _REQUEST_BODY},
+        openapi_extra=json_body(CreateResponse),
     )
     async def count_input_tokens(request: Request) -> Response:
         """Count the tokens that a response's prompt would have."""
@@ -234,15 +233,7 @@ class _Answer(Response):
             async with self._gateway.running.admit(record) as running:
                 await self._answer(Request(scope, receive), running, writer)
         except GatewayError as error:
-            record.status, record.error_code = error.status, error.code
-            if isinstance(error, ClientDisconnected) or writer.is_whole_started:
-                return  # the server closes the connection of an answer that is not complete
-            if not writer.is_started:
-                await send_error(error, scope, receive, send)
-                return
-            with suppress(ClientDisconnected):
-                await writer.write_event(await self._last_event(error))
-                await writer.finish()
+            await writer.fail(error, scope, receive, last_event=self._last_event)
 
     async def _answer(
         self, request: Request, running: RunningRequest, writer: AnswerWriter

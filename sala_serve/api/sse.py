@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sala_serve.errors import ClientDisconnected
+from sala_serve.middleware import send_error
+from sala_serve.telemetry import RequestRecord
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Send
+    from collections.abc import Awaitable, Callable
+
+    from starlette.types import Message, Receive, Scope, Send
+
+    from sala_serve.errors import GatewayError
 
 _PIECE_BYTES = 64 * 1024
 _STREAM_HEADERS = [
@@ -61,6 +68,36 @@ class AnswerWriter:
     async def write_piece(self, piece: bytes) -> None:
         """Send the next bytes of a whole answer."""
         await self._send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def fail(
+        self,
+        error: GatewayError,
+        scope: Scope,
+        receive: Receive,
+        *,
+        last_event: Callable[[GatewayError], Awaitable[bytes]] | None = None,
+    ) -> None:
+        """End an answer that failed as it can still be told, and note that in the request's record.
+
+        Before the status it is answered with its own; a stream ends with one event; a whole answer, and one that
+        nobody reads, breaks off.
+
+        Args:
+            error: why it failed.
+            scope: of the request.
+            receive: of the request.
+            last_event: returns what a stream ends with; none: :meth:`GatewayError.event`.
+        """
+        record = RequestRecord.of(scope)
+        record.status, record.error_code = error.status, error.code
+        if isinstance(error, ClientDisconnected) or self.is_whole_started:
+            return  # the server closes the connection of an answer that is not complete
+        if not self.is_started:
+            await send_error(error, scope, receive, self._send)
+            return
+        with suppress(ClientDisconnected):
+            await self.write_event(await last_event(error) if last_event else error.event())
+            await self.finish()
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         self.is_started = True
