@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sala_training.data.tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
+from sala_training.eval import intervals
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,6 +27,9 @@ class Bits:
     bits_per_byte: float
     num_tokens: int
     num_bytes: int
+    low: float
+    high: float
+    """95 % interval of the bits per byte over windows."""
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
@@ -63,12 +67,15 @@ def bits_per_byte(
     if max_windows is not None and max_windows < num_windows:
         chosen = np.linspace(0, num_windows - 1, max_windows).astype(np.int64)
     lengths = token_bytes(tokenizer)
-    total_nats, num_tokens, num_bytes = 0.0, 0, 0
+    num_tokens = 0
+    bits, window_bytes = [], []
     for window in chosen.tolist():
         body = np.asarray(tokens[window * window_tokens : (window + 1) * window_tokens], np.int64)
         scored = body != EOS_ID
         values = log_probs(np.concatenate([[BOS_ID], body]))
-        total_nats -= float(np.asarray(values)[scored].sum())
+        bits.append(-float(np.asarray(values)[scored].sum()) / math.log(2))
+        window_bytes.append(float(lengths[body].sum()))
         num_tokens += int(scored.sum())
-        num_bytes += int(lengths[body].sum())
-    return Bits(total_nats / math.log(2) / num_bytes, num_tokens, num_bytes)
+    num_bytes = int(sum(window_bytes))
+    low, high = intervals.ratio(bits, window_bytes)
+    return Bits(sum(bits) / num_bytes, num_tokens, num_bytes, low, high)

@@ -21,6 +21,8 @@ from sala_training.data import words
 from sala_training.data.phrases import Fact, FactMaker, unseen_fact
 from sala_training.data.stream import PhraseEncoder
 from sala_training.data.tasks import ChatPieces, FactPlacer
+from sala_training.eval import intervals
+from sala_training.eval.endpoint import openai_chat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,6 +77,9 @@ class Report:
     length_tokens: int
     num_cases: int
     exact_frac: float
+    exact_low: float
+    exact_high: float
+    """95 % interval of the share."""
     exact_frac_by_depth: tuple[float | None, ...]
     """Ten values, shallow (start of the prompt) to deep; None where no case lies."""
     failures: tuple[dict[str, Any], ...]
@@ -237,11 +242,15 @@ def summarise(outcomes: Sequence[Outcome]) -> Report:
         for o in outcomes
         if not o.is_right
     ]
+    num_right = sum(outcome.is_right for outcome in outcomes)
+    low, high = intervals.wilson(num_right, len(outcomes))
     return Report(
         variant=outcomes[0].case.variant.value,
         length_tokens=len(outcomes[0].case.prompt_ids),
         num_cases=len(outcomes),
-        exact_frac=sum(o.is_right for o in outcomes) / len(outcomes),
+        exact_frac=num_right / len(outcomes),
+        exact_low=low,
+        exact_high=high,
         exact_frac_by_depth=tuple(sum(d) / len(d) if d else None for d in by_depth),
         failures=tuple(failures[:20]),
     )
@@ -263,22 +272,5 @@ def openai_generator(
         timeout_s: of one request.
         max_answer_tokens: most tokens to generate.
     """
-    import httpx
-
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    client = httpx.Client(base_url=base_url, headers=headers, timeout=timeout_s)
-
-    def generate(case: Case) -> str:
-        reply = client.post(
-            "/chat/completions",
-            json={
-                "model": model,
-                "messages": list(case.messages),
-                "temperature": 0.0,
-                "max_tokens": max_answer_tokens,
-            },
-        )
-        reply.raise_for_status()
-        return reply.json()["choices"][0]["message"]["content"] or ""
-
-    return generate
+    ask = openai_chat(base_url, model, api_key, timeout_s, max_answer_tokens)
+    return lambda case: ask(case.messages)
