@@ -1,4 +1,4 @@
-"""``sala-serve``: serve a model (``up``), a gateway alone (``gateway``), or talk to one (``chat``)."""
+"""``sala-serve``: serve a model (``up``) or its parts (``gateway``, ``engine``), fetch one, or talk to one (``chat``)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from sala_serve.config import (
 )
 from sala_serve.engine.launch import EngineOptions, engine_command, reserved_flag, runs_on_gpu
 from sala_serve.engine.supervisor import EngineStartFailed, EngineSupervisor, RestartPolicy
+from sala_serve.fetch import FetchError, fetch_checkpoint
 from sala_serve.gateway import Gateway
 from sala_serve.memory import freeze_what_stays, keep_large_blocks_apart
 from sala_serve.serving import bind, serve
@@ -60,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _up(options, extra)
             case "gateway":
                 return _gateway(options)
+            case "engine":
+                return _engine(options, extra)
+            case "fetch":
+                return _fetch(options)
             case _:
                 return _chat(options)
     except (ConfigError, SpecError) as error:
@@ -70,10 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _up(options: argparse.Namespace, extra: list[str]) -> int:
-    if flag := reserved_flag(extra):
-        raise ConfigError(f"{flag} cannot be passed to vLLM: sala-serve up sets it itself")
-    model = options.model.resolve()
-    SalaSpec.from_file(model)
+    engine_options = _engine_options(options, extra)
+    model = engine_options.model
     on_gpu = runs_on_gpu()
     with _temporary_folder() as folder:
         engine_socket = Path(folder, "engine.sock")
@@ -87,16 +90,8 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
         )
         listeners = _bind(settings)
         gateway = Gateway.create(settings)
-        engine_options = EngineOptions(
-            model=model,
-            served_model_name=options.served_model_name or model.name,
-            max_model_len=options.max_model_len,
-            dtype=options.dtype,
-            tensor_parallel_size=options.tensor_parallel_size,
-            extra=extra,
-        )
         supervisor = EngineSupervisor(
-            engine_command(engine_options, socket=engine_socket, on_gpu=on_gpu, env=os.environ),
+            engine_command(engine_options, listen=engine_socket, on_gpu=on_gpu, env=os.environ),
             socket=engine_socket,
             monitor=gateway.monitor,
             policy=RestartPolicy(),
@@ -104,6 +99,49 @@ def _up(options: argparse.Namespace, extra: list[str]) -> int:
             clock=time.monotonic,
         )
         return _serve(gateway, listeners, supervisor)
+
+
+def _engine_options(options: argparse.Namespace, extra: list[str]) -> EngineOptions:
+    """Return what the command line says about the engine, once the checkpoint is known to be one.
+
+    Raises:
+        ConfigError, SpecError: a flag is not the user's to set, or the folder holds no SALA checkpoint.
+    """
+    if flag := reserved_flag(extra):
+        raise ConfigError(
+            f"{flag} cannot be passed to vLLM: sala-serve {options.command} sets it itself"
+        )
+    model = options.model.resolve()
+    SalaSpec.from_file(model)
+    return EngineOptions(
+        model=model,
+        served_model_name=options.served_model_name or model.name,
+        max_model_len=options.max_model_len,
+        dtype=options.dtype,
+        tensor_parallel_size=options.tensor_parallel_size,
+        extra=extra,
+    )
+
+
+def _engine(options: argparse.Namespace, extra: list[str]) -> int:
+    command = engine_command(
+        _engine_options(options, extra),
+        listen=(options.host, options.port),
+        on_gpu=runs_on_gpu(),
+        env=os.environ,
+    )
+    # vLLM takes this process's place, and so its signals: under a service manager nothing stands between them
+    os.execve(command.argv[0], command.argv, dict(command.env))
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    try:
+        fetch_checkpoint(options.url, sha256=options.sha256, folder=options.folder)
+    except FetchError as error:
+        _print_error(str(error))
+        return EXIT_FAILED
+    SalaSpec.from_file(options.folder)
+    return 0
 
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
@@ -212,8 +250,8 @@ def _print_error(message: str) -> None:
 
 
 def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split off what follows the ``--`` of ``up``."""
-    if arguments[:1] != ["up"] or "--" not in arguments:
+    """Split off what follows the ``--`` of ``up`` and ``engine``."""
+    if arguments[:1] not in (["up"], ["engine"]) or "--" not in arguments:
         return arguments, []
     position = arguments.index("--")
     return arguments[:position], arguments[position + 1 :]
@@ -245,17 +283,7 @@ def _parser() -> argparse.ArgumentParser:
         "requests finish (SALA_SERVE_DRAIN_TIMEOUT_S, 300 s), then stop both; a second one cuts them.",
         epilog="What follows -- goes to 'vllm serve' as it is, for example: -- --gpu-memory-utilization 0.8",
     )
-    up.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
-    up.add_argument(
-        "--served-model-name", metavar="NAME", help="name in the API (default: the folder's name)"
-    )
-    up.add_argument(
-        "--max-model-len",
-        metavar="TOKENS",
-        help="context length of prompt and answer (default: the most that memory allows)",
-    )
-    up.add_argument("--dtype", help="weights and activations (default: float32 without a GPU)")
-    up.add_argument("--tensor-parallel-size", type=int, metavar="N", help="GPUs to split over")
+    _add_engine_arguments(up)
     _add_server_arguments(up)
 
     gateway = commands.add_parser(
@@ -272,6 +300,36 @@ def _parser() -> argparse.ArgumentParser:
         help="vLLM's URL without /v1 (default: the engines of the settings' file)",
     )
     _add_server_arguments(gateway)
+
+    engine = commands.add_parser(
+        "engine",
+        help="run the engine alone, for a gateway elsewhere",
+        usage="sala-serve engine MODEL [options] [-- VLLM_ARGUMENT ...]",
+        description="Run vLLM with a SALA checkpoint as 'up' does, but on a port, for gateways on other machines. "
+        "It asks for no key: only gateways may reach it.",
+        epilog="What follows -- goes to 'vllm serve' as it is; --shutdown-timeout 300 lets running requests "
+        "finish after SIGTERM.",
+    )
+    _add_engine_arguments(engine)
+    engine.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+    )
+    engine.add_argument(
+        "--port",
+        type=_usable(parse_port, "a port number"),
+        default=8001,
+        help="port to listen on (default: 8001)",
+    )
+
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a checkpoint as one archive, by its digest",
+        description="Download a tar archive (plain, gzip, bzip2 or xz) of a SALA checkpoint, check its SHA-256 and "
+        "unpack it into FOLDER. What is there already and has that digest is not fetched again.",
+    )
+    fetch.add_argument("url", metavar="URL", help="http, https or file URL of the archive")
+    fetch.add_argument("folder", type=Path, metavar="FOLDER", help="of the checkpoint, made anew")
+    fetch.add_argument("--sha256", required=True, metavar="HEX", help="digest of the archive")
 
     chat = commands.add_parser(
         "chat",
@@ -296,6 +354,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     return parser
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="name in the API (default: the folder's name)"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        metavar="TOKENS",
+        help="context length of prompt and answer (default: the most that memory allows)",
+    )
+    parser.add_argument("--dtype", help="weights and activations (default: float32 without a GPU)")
+    parser.add_argument("--tensor-parallel-size", type=int, metavar="N", help="GPUs to split over")
 
 
 def _add_server_arguments(parser: argparse.ArgumentParser) -> None:

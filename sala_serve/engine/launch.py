@@ -1,4 +1,4 @@
-"""The command line and environment with which ``sala-serve up`` starts vLLM."""
+"""The command line and environment with which ``sala-serve up`` and ``sala-serve engine`` start vLLM."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ RESERVED_FLAGS = (
     *("--api-key", "--host", "--model", "--port", "--root-path", "--served-model-name"),
     *("--ssl-certfile", "--ssl-keyfile", "--uds"),
 )
-"""vLLM flags that ``up`` sets itself or that would keep the gateway out."""
+"""vLLM flags that ``up`` and ``engine`` set themselves or that would keep the gateway out."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the user of ``up`` may choose about the engine."""
+    """What the user of ``up`` or ``engine`` may choose about the engine."""
 
     model: Path
     served_model_name: str
@@ -98,19 +98,24 @@ def num_physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
 
 
 def engine_command(
-    options: EngineOptions, *, socket: Path, on_gpu: bool, env: Mapping[str, str]
+    options: EngineOptions, *, listen: Path | tuple[str, int], on_gpu: bool, env: Mapping[str, str]
 ) -> EngineCommand:
-    """Return the command that serves ``options.model`` with vLLM on a Unix socket.
+    """Return the command that serves ``options.model`` with vLLM.
 
     Args:
         options: the user's choices.
-        socket: where the engine will listen; no other user of the machine needs to reach it.
+        listen: a Unix socket, which no other user of the machine needs to reach; or a host and a port, for a
+            gateway on another machine.
         on_gpu: else what suits a small machine is chosen: float32, no compilation, a small cache, the
             model in the scheduler's process (docs/decisions/0004-one-engine-process-on-a-cpu.md).
         env: environment to start from; what it sets for vLLM wins.
     """
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(options.model)]
-    argv += ["--uds", str(socket), "--served-model-name", options.served_model_name]
+    if isinstance(listen, Path):
+        argv += ["--uds", str(listen)]
+    else:
+        argv += ["--host", listen[0], "--port", str(listen[1])]
+    argv += ["--served-model-name", options.served_model_name]
     argv += ["--max-model-len", options.max_model_len or "auto"]
     argv += ["--enable-prompt-tokens-details", "--sse-keep-alive-interval", str(KEEP_ALIVE_S)]
     argv += ["--disable-access-log-for-endpoints", "/health,/metrics,/sala/progress"]
@@ -123,7 +128,8 @@ def engine_command(
     # the gateway's settings, keys among them, are not the engine's business
     engine_env = {name: value for name, value in env.items() if not name.startswith(PREFIX)}
     engine_env["VLLM_PLUGINS"] = ",".join(_plugins(engine_env.get("VLLM_PLUGINS")))
-    engine_env[PROGRESS_FOLDER_VARIABLE] = str(socket.parent)
+    if isinstance(listen, Path):  # else the engine makes a folder of its own
+        engine_env[PROGRESS_FOLDER_VARIABLE] = str(listen.parent)
     if on_gpu:
         argv += ["--max-num-batched-tokens", str(GPU_STEP_TOKENS)]
     else:

@@ -33,7 +33,7 @@ def installed_plugins(monkeypatch):
 
 def command(on_gpu=False, env=None, **options):
     engine = EngineOptions(model=Path("/models/m"), served_model_name="m", **options)
-    return engine_command(engine, socket=SOCKET, on_gpu=on_gpu, env=env or {})
+    return engine_command(engine, listen=SOCKET, on_gpu=on_gpu, env=env or {})
 
 
 def value(argv, flag):
@@ -166,3 +166,13 @@ def test_engine_listens_on_the_socket_only():
 )
 def test_flags_that_would_keep_the_gateway_out_are_found(extra, flag):
     assert reserved_flag(extra) == flag
+
+
+def test_engine_alone_listens_on_a_port_and_keeps_its_own_progress():
+    engine = EngineOptions(model=Path("/models/m"), served_model_name="m")
+    it = engine_command(engine, listen=("0.0.0.0", 8001), on_gpu=True, env={})
+    assert value(it.argv, "--host") == "0.0.0.0"
+    assert value(it.argv, "--port") == "8001"
+    assert "--uds" not in it.argv
+    assert it.env == {"VLLM_PLUGINS": "sala,theirs,sala_progress"}
+    assert value(it.argv, "--scheduling-policy") == "priority"
