@@ -10,7 +10,7 @@ import torch
 
 from sala_kernels.spec import SalaSpec
 from sala_kernels.testing import relative_rms
-from sala_training.model import mixers
+from sala_training.model import ops
 from sala_training.model.mixers import RMSNorm
 from sala_training.model.sala import SalaForCausalLM
 from sala_training.recipes import tiny
@@ -151,7 +151,7 @@ def test_tiles_of_queries_change_nothing(
     model: SalaForCausalLM, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(model, tokens)
-    monkeypatch.setattr(mixers, "_SPARSE_QUERY_TILE_TOKENS", 37)
+    monkeypatch.setattr(ops, "_SPARSE_QUERY_TILE_TOKENS", 37)
     assert relative_rms(run(model, tokens), whole) < BOUND
 
 

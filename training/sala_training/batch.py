@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +27,12 @@ class CuSeqlens:
     """[tokens] int64, 0-based position of each token in its document."""
     lengths: tuple[int, ...]
     """Tokens of each document, all at least 1."""
+    equal_length: int | None = field(init=False)
+    """The length that all documents share, so that they can be computed as a batch; None if none."""
+
+    def __post_init__(self) -> None:
+        lengths = set(self.lengths)
+        object.__setattr__(self, "equal_length", lengths.pop() if len(lengths) == 1 else None)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> CuSeqlens:
@@ -50,11 +55,6 @@ class CuSeqlens:
     def num_tokens(self) -> int:
         """Tokens of all documents."""
         return sum(self.lengths)
-
-    @cached_property
-    def equal_length(self) -> int | None:
-        """The length that all documents share, so that they can be computed as a batch; None if none."""
-        return self.lengths[0] if len(set(self.lengths)) == 1 else None
 
     def to(self, device: torch.device) -> CuSeqlens:
         """Return the same boundaries on ``device``."""

@@ -169,7 +169,7 @@ def _step(
     """Do one optimiser step on one batch."""
     dense = not recipe.stage_at(step).sparse
     with torch.autocast(tokens.device.type, torch.bfloat16):
-        logits = model(tokens[:, :-1], dense)
+        logits = model(tokens[:, :-1], dense=dense)
     metrics = weighted_loss(logits, tokens[:, 1:], weights[:, 1:])
     metrics.loss.backward()
     metrics.grad_norm = torch.nn.utils.clip_grad_norm_(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sala_training import checkpoint
+from sala_training.batch import CuSeqlens
 from sala_training.data.prepare import HELD_OUT_NAME
 from sala_training.data.stream import TokenStream
 from sala_training.data.tokenizer import EOS_IDS, encode, load
@@ -58,12 +59,12 @@ def evaluate(
 
     def hidden(tokens: Sequence[int]) -> Tensor:
         """Return the last hidden states of one sequence: [tokens, hidden]."""
-        row = torch.tensor(tokens, dtype=torch.int64, device=device)[None]
+        row = torch.tensor(tokens, dtype=torch.int64, device=device)
         with (
             torch.no_grad(),
             torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
         ):
-            return model.model(row)[0]
+            return model.model(row, CuSeqlens.of([len(tokens)], device))
 
     def log_probs(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         logits = model.logits(hidden(tokens[:-1].tolist()).float())

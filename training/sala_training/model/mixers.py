@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from sala_kernels.lightning.reference import lightning_chunked
-from sala_kernels.sparse_attend.reference import attend_blocks
-from sala_kernels.sparse_index.reference import select_blocks
 from sala_kernels.spec import SalaSpec, decay_slopes
+from sala_training.model import ops
 
-_SPARSE_QUERY_TILE_TOKENS = 2048
-"""Queries scored at once in a sparse layer; bounds memory, never changes a result."""
+if TYPE_CHECKING:
+    from sala_training.batch import CuSeqlens
 
 
 class RMSNorm(nn.Module):
@@ -34,12 +33,12 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Apply RoPE with half-split (NeoX) pairs over all dims, in float32.
 
     Args:
-        x: [batch, tokens, heads, dim].
+        x: [tokens, heads, dim].
         positions: [tokens] int64.
         theta: base of the geometric frequencies.
 
     Returns:
-        [batch, tokens, heads, dim] in the dtype of ``x``.
+        [tokens, heads, dim] in the dtype of ``x``.
     """
     half = x.shape[-1] // 2
     exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
@@ -75,16 +74,16 @@ class LightningMixer(nn.Module):
         self.o_norm = RMSNorm(width, spec.rms_norm_eps)
         self.register_buffer("slopes", lightning_slopes(spec), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix tokens: [batch, tokens, hidden] -> [batch, tokens, hidden]."""
+    def forward(self, x: Tensor, cu_seqlens: CuSeqlens) -> Tensor:
+        """Mix the tokens of each document, from a zero state: [tokens, hidden] -> [tokens, hidden]."""
         shape = (*x.shape[:-1], self.num_heads, self.head_dim)
-        positions = torch.arange(x.shape[1], device=x.device)
+        positions = cu_seqlens.positions
         q = rotate(self.q_norm(self.q_proj(x).view(shape)), positions, self.rope_theta)
         k = rotate(self.k_norm(self.k_proj(x).view(shape)), positions, self.rope_theta)
         v = self.v_proj(x).view(shape)
         # the recurrence is float32 whatever the surrounding precision, as released
         with torch.autocast(x.device.type, enabled=False):
-            mixed = lightning_chunked(q, k, v, self.slopes, self.scale)
+            mixed = ops.lightning(q, k, v, self.slopes, self.scale, cu_seqlens)
         mixed = self.o_norm(mixed.flatten(-2).to(v.dtype))
         return self.o_proj(mixed * torch.sigmoid(self.z_proj(x)))
 
@@ -103,41 +102,16 @@ class SparseMixer(nn.Module):
         self.o_proj = nn.Linear(width, spec.hidden_size, bias=False)
         self.o_gate = nn.Linear(spec.hidden_size, width, bias=False)
 
-    def forward(self, x: Tensor, dense: bool = False) -> Tensor:
-        """Mix tokens: [batch, tokens, hidden] -> [batch, tokens, hidden].
+    def forward(self, x: Tensor, cu_seqlens: CuSeqlens, dense: bool = False) -> Tensor:
+        """Mix the tokens of each document: [tokens, hidden] -> [tokens, hidden].
 
         Args:
-            x: [batch, tokens, hidden].
+            x: [tokens, hidden], documents packed.
+            cu_seqlens: where the documents begin and end.
             dense: attend everything whatever the position (the training stages before sparsity).
         """
-        batch, tokens, _ = x.shape
-        q = self.q_proj(x).view(batch, tokens, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
-        # token i is dense iff i + 1 < dense_len
-        num_dense = tokens if dense else min(tokens, max(self.sparse.dense_len - 1, 0))
-        mixed = _attend_dense(q[:, :num_dense], k[:, :num_dense], v[:, :num_dense])
-        if num_dense < tokens:
-            rest = [self._attend_sparse(*qkv, first=num_dense) for qkv in zip(q, k, v, strict=True)]
-            mixed = torch.cat((mixed, torch.stack(rest)), dim=1)
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        mixed = ops.attend(q, k, v, None if dense else self.sparse, cu_seqlens)
         return self.o_proj(mixed.flatten(-2) * torch.sigmoid(self.o_gate(x)))
-
-    @torch.compiler.disable  # data-dependent tiles: compiling would unroll them all
-    def _attend_sparse(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-        """Attend positions ``first`` and later of one sequence; no gradient through the selection."""
-        tokens = q.shape[0]
-        outputs = []
-        for start in range(first, tokens, _SPARSE_QUERY_TILE_TOKENS):
-            end = min(start + _SPARSE_QUERY_TILE_TOKENS, tokens)
-            positions = torch.arange(start, end, device=q.device)
-            # float32 scores from the model's own q and k, as released
-            with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-                selected = select_blocks(q[start:end], k[:end], positions, self.sparse)
-            outputs.append(attend_blocks(q[start:end], k[:end], v[:end], positions, selected))
-        return torch.cat(outputs)
-
-
-def _attend_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of [batch, tokens, heads, dim] queries over grouped keys from position 0."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

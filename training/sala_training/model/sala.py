@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, overload
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from sala_kernels.spec import LayerKind, SalaSpec
+from sala_training.batch import CuSeqlens
 from sala_training.model.mixers import LightningMixer, RMSNorm, SparseMixer
 
 
@@ -37,11 +41,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mlp = MLP(spec.hidden_size, spec.intermediate_size)
 
-    def forward(self, hidden: Tensor, dense: bool = False) -> Tensor:
-        """Transform the residual stream [batch, tokens, hidden]; ``dense`` reaches sparse mixers."""
+    def forward(self, hidden: Tensor, cu_seqlens: CuSeqlens, dense: bool = False) -> Tensor:
+        """Transform the residual stream [tokens, hidden]; ``dense`` reaches sparse mixers."""
         x = self.input_layernorm(hidden)
         mixer = self.self_attn
-        mixed = mixer(x, dense) if isinstance(mixer, SparseMixer) else mixer(x)
+        is_sparse = isinstance(mixer, SparseMixer)
+        mixed = mixer(x, cu_seqlens, dense) if is_sparse else mixer(x, cu_seqlens)
         hidden = hidden + mixed * self.residual_scale
         return hidden + self.mlp(self.post_attention_layernorm(hidden)) * self.residual_scale
 
@@ -56,12 +61,16 @@ class SalaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(spec, kind) for kind in spec.layer_kinds)
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, dense: bool = False) -> Tensor:
-        """Return the normalised last hidden state [batch, tokens, hidden]."""
+    def forward(self, tokens: Tensor, cu_seqlens: CuSeqlens, dense: bool = False) -> Tensor:
+        """Return the normalised last hidden states [tokens, hidden] of packed documents."""
         hidden = self.embed_tokens(tokens) * self.scale_emb
         for layer in self.layers:
-            hidden = layer(hidden, dense)
+            hidden = layer(hidden, cu_seqlens, dense)
         return self.norm(hidden)
+
+
+Head = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
+"""(hidden [tokens, hidden], divided by the muP divisor; table [vocab, hidden]) -> what is asked for."""
 
 
 class SalaForCausalLM(nn.Module):
@@ -78,22 +87,57 @@ class SalaForCausalLM(nn.Module):
         if not spec.tie_word_embeddings:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, dense: bool = False) -> Tensor:
-        """Compute logits.
+    @overload
+    def forward(
+        self, tokens: Tensor, cu_seqlens: CuSeqlens | None = None, dense: bool = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: CuSeqlens | None = None,
+        dense: bool = False,
+        *,
+        head: Head,
+    ) -> Any: ...
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: CuSeqlens | None = None,
+        dense: bool = False,
+        head: Head | None = None,
+    ) -> Any:
+        """Compute logits, or what ``head`` makes of the last hidden states.
 
         Args:
-            tokens: [batch, tokens] int64, each row one sequence from position 0, no padding.
+            tokens: [tokens] int64, packed documents; or, without ``cu_seqlens``, [batch, tokens] int64,
+                each row one document from position 0, no padding.
+            cu_seqlens: where the packed documents begin and end.
             dense: sparse layers attend everything (the training stages before sparsity).
+            head: called with the last hidden states and the output table instead of computing logits;
+                inside this function, where a sharded table is whole. Returns tensors or a tuple of them.
 
         Returns:
-            [batch, tokens, vocab] float32.
+            [tokens, vocab] or [batch, tokens, vocab] float32; or what ``head`` returned.
         """
-        return self.logits(self.model(tokens, dense))
+        shape = tokens.shape
+        if cu_seqlens is None:
+            batch, length = shape
+            cu_seqlens = CuSeqlens.of([length] * batch, tokens.device)
+        hidden = self.model(tokens.flatten(), cu_seqlens, dense)
+        if head is not None:
+            return head(hidden / self.spec.logit_divisor, self.output_table())
+        return self.logits(hidden).view(*shape, -1)
+
+    def output_table(self) -> Tensor:
+        """Return the weights of the output projection: [vocab, hidden]."""
+        return (self.model.embed_tokens if self.spec.tie_word_embeddings else self.lm_head).weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project last hidden states [..., hidden] to float32 logits [..., vocab]."""
-        table = self.model.embed_tokens if self.spec.tie_word_embeddings else self.lm_head
-        return linear(hidden / self.spec.logit_divisor, table.weight).float()
+        return linear(hidden / self.spec.logit_divisor, self.output_table()).float()
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
