@@ -161,6 +161,35 @@ def test_schema_is_strict_everywhere():
         assert each.get("additionalProperties") is False, list(each["properties"])[:5]
 
 
+def test_texts_that_look_like_numbers_stay_texts(chart, validate):
+    values = {
+        "auth": {"existingSecret": "5", "adminTokenKey": "7", "redisPasswordKey": "1e3"},
+        "imagePullSecrets": ["12"],
+        "commonLabels": {"cost-centre": "42"},
+        "gateway": {"priorityClassName": "3", "podAnnotations": {"a": "true"}},
+        "ingress": {"enabled": True, "host": "1.5", "className": "8", "tlsSecret": "9"},
+        "smokeTest": {"existingSecret": "0x1", "key": "6"},
+        "serviceAccount": {"name": "77"},
+        "redis": {"internal": {"persistence": {"storageClass": "4"}}},
+        **pool(
+            servedModelName="1",
+            maxModelLen="64000",
+            runtimeClassName="2",
+            model={"pvc": {"claimName": "10"}},
+        ),
+    }
+    validate(chart.render(values), "1.37")
+
+
+def test_notes_name_the_next_command(chart):
+    arguments = ["install", "mine", str(CHART), "--namespace", "llm", "--dry-run=client"]
+    text = chart.run(*arguments)
+    _, notes = text.split("NOTES:")
+    assert "kubectl create secret generic sala-serve-auth -n llm" in notes
+    assert "helm test mine -n llm" in notes
+    assert "service/mine-sala-serve-admin 8002:8002" in notes
+
+
 # values drawn from the schema
 
 FREE_OBJECTS = {
