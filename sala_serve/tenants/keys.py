@@ -2,7 +2,8 @@
 
 A key is ``sk-sala-<id>-<secret>``. It is looked up by its id, and the hash of its secret is compared in constant
 time; an id that does not exist takes the same path. What was looked up is believed for ``key_cache_s``, so a
-revoked key stops working on all replicas within that.
+revoked key stops working on all replicas within that. A secret that does not fit is looked up again first: a new
+one works at once.
 """
 
 from __future__ import annotations
@@ -98,7 +99,18 @@ class KeyRing:
             return self._authenticate_static(token)
         key_id, secret = parts.groups()
         given = self.store.digest(key_id, secret)
+        began_at_s = self._clock()
         found = await self._look_up(key_id)
+        is_right = self._fits(found, given)
+        if not is_right and found.looked_up_at_s < began_at_s:
+            found = await self._look_up(key_id, not_before_s=began_at_s)
+            is_right = self._fits(found, given)
+        principal = self._principal(found)
+        if not is_right or principal is None:
+            raise InvalidApiKey("Incorrect API key provided.")
+        return principal
+
+    def _fits(self, found: _Found, given: str) -> bool:
         now_s = self._unix_clock()
         stored = [
             each.digest
@@ -107,11 +119,7 @@ class KeyRing:
         ]
         # two are compared whatever is stored, so that the time taken does not tell what is
         digests = (*stored, _NO_DIGEST, _NO_DIGEST)[:2]
-        is_right = sum(hmac.compare_digest(given, digest) for digest in digests) > 0
-        principal = self._principal(found)
-        if not is_right or principal is None:
-            raise InvalidApiKey("Incorrect API key provided.")
-        return principal
+        return sum(hmac.compare_digest(given, digest) for digest in digests) > 0
 
     async def principal(self, tenant_id: str, key_id: str | None) -> Principal | None:
         """Return on whose behalf a stored job runs now; ``None``: its key or tenant no longer works.
@@ -141,10 +149,11 @@ class KeyRing:
             return None
         return Principal(tenant, key.key_id, key.scopes)
 
-    async def _look_up(self, key_id: str) -> _Found:
+    async def _look_up(self, key_id: str, not_before_s: float = float("-inf")) -> _Found:
         now_s = self._clock()
         known = self._cache.get(key_id)
-        if known is not None and now_s - known.looked_up_at_s < self._settings.key_cache_s:
+        oldest_s = max(now_s - self._settings.key_cache_s, not_before_s)
+        if known is not None and known.looked_up_at_s > oldest_s:
             return known
         try:
             found = await self._read(key_id, now_s)

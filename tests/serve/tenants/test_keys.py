@@ -156,6 +156,16 @@ async def test_rotation_keeps_the_old_secret_for_a_while(ring, clock):
     assert [await is_accepted(ring, each) for each in (fourth, fifth)] == [False, True]
 
 
+async def test_new_secret_works_at_once(ring, clock):
+    await make_tenant(ring)
+    key, first = await make_key(ring)
+    assert await is_accepted(ring, first)
+    _, second = await ring.store.rotate_key(key.key_id, keep_old_s=3600)
+    clock.now_s += 0.1
+    assert await is_accepted(ring, second)
+    assert await is_accepted(ring, first)
+
+
 async def test_key_expires(ring, clock):
     await make_tenant(ring)
     key, token = await make_key(ring, expires_unix_s=clock() + 100)
