@@ -47,7 +47,14 @@ def build_app(gateway: Gateway) -> FastAPI:
         openapi_url=None,
         # a redirect would be built from the Host header and lead to http:// behind a TLS proxy
         redirect_slashes=False,
-        routes=[*generation_routes(gateway), *status_routes(gateway)],
+        # including routers would make every route twice
+        routes=[
+            *generation_routes(gateway),
+            *status_routes(gateway),
+            *responses_router(gateway).routes,
+            *files_router(gateway).routes,
+            *batches_router(gateway).routes,
+        ],
         exception_handlers={
             GatewayError: _answer_error,
             HTTPException: _answer_routing_error,
@@ -55,10 +62,7 @@ def build_app(gateway: Gateway) -> FastAPI:
         },
         lifespan=lifespan,
     )
-    for router in (responses_router, files_router, batches_router):
-        app.include_router(router(gateway))
-    document = openapi_document(app, version=metadata.version("sala-serve"))
-    app.router.routes.append(_openapi_route(json.dumps(document).encode()))
+    app.router.routes.append(_openapi_route(_document_of(app)))
     app.user_middleware = [
         Middleware(
             RecordMiddleware,
@@ -70,6 +74,18 @@ def build_app(gateway: Gateway) -> FastAPI:
         Middleware(AuthMiddleware, keys=gateway.keys),
     ]
     return app
+
+
+_documents: dict[tuple[str, ...], bytes] = {}
+"""Paths served -> the document of them. It says nothing of a gateway's settings, and is slow to make."""
+
+
+def _document_of(app: FastAPI) -> bytes:
+    paths = tuple(route.path for route in app.routes if isinstance(route, Route))
+    if paths not in _documents:
+        document = openapi_document(app, version=metadata.version("sala-serve"))
+        _documents[paths] = json.dumps(document).encode()
+    return _documents[paths]
 
 
 def _openapi_route(content: bytes) -> Route:
