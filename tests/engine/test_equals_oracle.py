@@ -76,7 +76,6 @@ def test_on_two_ranks(engine: Engine, oracle: Oracle, prompts: list[list[int]]) 
         batch,
         tensor_parallel_size=2,
         max_tokens=8,
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )
     oracle.assert_greedy(run, batch)
 

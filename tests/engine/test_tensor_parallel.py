@@ -26,7 +26,6 @@ def test_ranks_that_share_a_kv_head(
         model=str(path),
         tensor_parallel_size=2,
         max_num_batched_tokens=1000,
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )
     for prompt, output in zip(batch, run.batches[0], strict=True):
         assert output["tokens"] == oracle.next_tokens(prompt, output["tokens"])

@@ -217,7 +217,7 @@ MIXED_ROWS = [(5, 5), (3, 65), (6, 402), (0, 64), (5, 707), (0, 1)]
 """Short; on a block's edge; across dense_len; padding; far in the sparse range; padding."""
 
 
-@pytest.mark.parametrize("queries", [1, 2, 4, 8])
+@pytest.mark.parametrize("queries", [1, 4, 8])
 def test_tiles_match_reference(queries: int, device: str) -> None:
     step = Step(MIXED_ROWS, SMALL)
     step.pad(3)
@@ -257,7 +257,7 @@ def test_half_precision_matches_reference(dtype: torch.dtype, device: str) -> No
     [
         SparseSpec(topk=2, window_tokens=64, init_blocks=0, dense_len=0),
         SparseSpec(topk=5, window_tokens=128, init_blocks=3, dense_len=600),
-        SparseSpec(topk=30, window_tokens=64, init_blocks=1, dense_len=0),
+        SparseSpec(topk=11, window_tokens=64, init_blocks=1, dense_len=0),
     ],
     ids=["no initial block", "several initial blocks", "fewer blocks than selected"],
 )

@@ -196,6 +196,9 @@ def _started(folder: Path, spans_url: str) -> Iterator[subprocess.Popen[bytes]]:
         "TMPDIR": str(folder),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        # several threads would wait for each other in loops, at the cost of the tests beside these
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "100",
         "SALA_SERVE_ADMIN__TOKEN": ADMIN_TOKEN,
