@@ -16,6 +16,8 @@ PLUGINS = {
     "sala_random_weights": ("sala_bench", "gpu.random_weights:register"),
 }
 """Entry point -> distribution that declares it, and its target."""
+PACKAGES = ("torch", "triton", "vllm", "fla-core")
+"""Whose versions are stored, where they are installed."""
 VARIABLES = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -95,6 +97,6 @@ def conditions() -> dict[str, Any]:
         "device": gpu_field("name") or "cpu",
         "driver": gpu_field("driver_version"),
         "memory_mib": gpu_field("memory.total"),
-        "versions": {name: package_version(name) for name in ("torch", "triton", "vllm")},
+        "versions": {name: number for name in PACKAGES if (number := package_version(name))},
         "commit": os.environ.get("BENCH_COMMIT") or commit(),
     }

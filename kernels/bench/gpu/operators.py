@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ SGLANG_MS: dict[tuple[str, bool], dict[int, float]] = {
     ("attend_blocks", False): {65536: 11.2, 262144: 10.9, 1048576: 11.9},
 }
 SGLANG_LIGHTNING_MS = 0.6
+FLA = "flash-linear-attention"
 
 
 @dataclass
@@ -139,15 +141,32 @@ def lightning_case(shapes: Shapes, seqs: int, tokens: int) -> Case:
         described = batch(copy)
         return lambda: lightning_attention(q, k, v, slopes, spec.lightning_scale, state, described)
 
+    packed = [x.unflatten(0, (seqs, tokens)) for x in (q, k, v)]
+    rivals = {}
+    if simple_gla := flash_linear_attention(is_decode):
+
+        def rival(before: Tensor) -> tuple[Tensor, Tensor]:
+            return simple_gla(
+                *packed,
+                g_gamma=-slopes,
+                scale=spec.lightning_scale,
+                initial_state=before,
+                output_final_state=True,
+            )
+
+        states = state.split(seqs)
+        rivals[FLA] = [partial(rival, states[copy]) for copy in range(copies)]
+
     def gate() -> tuple[float, float]:
         state[:seqs] = before
         got = calls[0]()
         assert isinstance(got, Tensor)
-        packed = [x.unflatten(0, (seqs, tokens)) for x in (q, k, v)]
         expected, after = lightning_recurrent(
             packed[0], packed[1], packed[2], slopes, spec.lightning_scale, before
         )
         output_error = relative_rms(got, expected.flatten(0, 1))
+        if rivals and relative_rms(rival(before)[0], expected) > BOUND[shapes.dtype]:
+            rivals.clear()  # no time for what is wrong
         return max(output_error, relative_rms(state[:seqs], after)), BOUND[shapes.dtype]
 
     calls = [call(copy) for copy in range(copies)]
@@ -160,6 +179,7 @@ def lightning_case(shapes: Shapes, seqs: int, tokens: int) -> Case:
         4 * q.numel() * q.element_size() + state_bytes,
         seqs * tokens * heads * per_head,
         gate,
+        rivals=rivals,
         published_ms=None if is_decode else SGLANG_LIGHTNING_MS,
     )
 
@@ -309,6 +329,15 @@ def dense_prompt_case(shapes: Shapes, tokens: int) -> Case:
         4 * tokens * tokens // 2 * spec.num_heads * spec.head_dim,
         rivals={"dense FlashAttention 3, contiguous": [dense]} if dense else {},
     )
+
+
+def flash_linear_attention(is_decode: bool) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Linear attention with a constant decay a head, of the library that is not required; None without it."""
+    try:
+        from fla.ops import simple_gla
+    except ImportError:
+        return None
+    return simple_gla.fused_recurrent_simple_gla if is_decode else simple_gla.chunk_simple_gla
 
 
 def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> Call | None:
