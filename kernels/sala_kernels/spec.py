@@ -169,15 +169,7 @@ class SalaSpec:
             SpecError: the file is missing, not JSON, or not a SALA configuration we compute.
         """
         path = path / "config.json" if path.is_dir() else path
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise SpecError(f"expected a SALA checkpoint: {path} does not exist") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SpecError(f"{path} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise SpecError(f"{path}: expected a JSON object, got {type(config).__name__}")
-        return cls.from_config(config)
+        return cls.from_config(read_config(path, "a SALA checkpoint", SpecError))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> SalaSpec:
@@ -250,6 +242,28 @@ _FIXED_SPARSE = {
     "kernel_stride": K1_STRIDE_TOKENS,
     "block_size": BLOCK_TOKENS,
 }
+
+
+def read_config(path: Path, what: str, error_type: type[ValueError]) -> dict[str, Any]:
+    """Read a ``config.json``.
+
+    Args:
+        path: of the file.
+        what: was expected where it is missing, for the message.
+        error_type: what is raised.
+
+    Raises:
+        ValueError: of ``error_type``: the file is missing, or holds no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error_type(f"expected {what}: {path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise error_type(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise error_type(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
 
 
 def decay_slopes(num_heads: int) -> tuple[float, ...]:

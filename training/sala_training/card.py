@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from sala_kernels.spec import LayerKind, SalaSpec
 from sala_training.checkpoint import write_json
+from sala_training.eval import intervals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,11 +124,8 @@ def licences(sources: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, lis
 
 
 def interval(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share of right answers."""
-    z, num, frac = 1.96, row["num_cases"], row["exact_frac"]
-    middle = (frac + z * z / (2 * num)) / (1 + z * z / num)
-    half = z / (1 + z * z / num) * math.sqrt(frac * (1 - frac) / num + z * z / (4 * num * num))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    """Return the 95 % interval of a share of right answers."""
+    return intervals.wilson(round(row["exact_frac"] * row["num_cases"]), row["num_cases"])
 
 
 def read_log(results: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sala_training.model.mixers import rotate_pairs
+
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -161,5 +163,4 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> 
     """
     angle = positions[..., None].float() * frequencies
     cos, sin = (angle.cos() * factor)[..., None, :], (angle.sin() * factor)[..., None, :]
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotate_pairs(x, cos, sin)

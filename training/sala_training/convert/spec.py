@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sala_kernels.spec import read_config
 from sala_training.convert.rope import Rope, TeacherError
 
 if TYPE_CHECKING:
@@ -74,15 +74,7 @@ class TeacherSpec:
             TeacherError: the file is missing, not JSON, or describes what cannot be a teacher.
         """
         path = folder / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise TeacherError(f"expected a checkpoint folder: {path} does not exist") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TeacherError(f"{path} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise TeacherError(f"{path}: expected a JSON object, got {type(config).__name__}")
-        return cls.from_config(config)
+        return cls.from_config(read_config(path, "a checkpoint folder", TeacherError))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TeacherSpec:

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from sala_training.batch import CuSeqlens
 from sala_training.checkpoint import check_weights, read_weights, save_weights, write_json
 from sala_training.convert.rope import TeacherError, rotate
 from sala_training.convert.spec import TeacherSpec
+from sala_training.model import ops
 from sala_training.model.mixers import RMSNorm
-from sala_training.model.sala import MLP
+from sala_training.model.sala import MLP, draw_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 
@@ -57,23 +58,7 @@ class SoftmaxMixer(nn.Module):
             frequencies, factor = self._frequencies(max(cu_seqlens.lengths), x.device)
             q = rotate(q, cu_seqlens.positions, frequencies, factor)
             k = rotate(k, cu_seqlens.positions, frequencies, factor)
-        return self.o_proj(_attend(q, k, v, cu_seqlens).flatten(-2))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: CuSeqlens) -> Tensor:
-    """Attend causally within each document: [tokens, heads, dim] in and out."""
-    lengths = cu_seqlens.lengths
-    if length := cu_seqlens.equal_length:
-        rows = [x.unflatten(0, (-1, length)) for x in (q, k, v)]
-        return _causal(*rows).flatten(0, 1)
-    documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([_causal(*(x[None] for x in document))[0] for document in documents])
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[batch, tokens, heads, dim] in and out."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return self.o_proj(ops.attend(q, k, v, None, cu_seqlens).flatten(-2))
 
 
 class TeacherLayer(nn.Module):
@@ -138,11 +123,9 @@ class TeacherForCausalLM(nn.Module):
         if not spec.tie_word_embeddings:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
-    @property
-    def table(self) -> Tensor:
-        """The output projection, [vocab, hidden]."""
-        tied = self.spec.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+    def output_table(self) -> Tensor:
+        """Return the weights of the output projection: [vocab, hidden]."""
+        return (self.model.embed_tokens if self.spec.tie_word_embeddings else self.lm_head).weight
 
     def forward(
         self,
@@ -162,47 +145,18 @@ class TeacherForCausalLM(nn.Module):
                 [vocab, hidden]; None: their product, float32.
             seen: gets every layer's mixer's input and output, [tokens, hidden] each.
         """
+        shape = tokens.shape
         if cu_seqlens is None:
-            batch, length = tokens.shape
-            rows = CuSeqlens.of([length] * batch, tokens.device)
-            hidden = self.model(tokens.flatten(), rows, seen).view(*tokens.shape, -1)
-        else:
-            hidden = self.model(tokens, cu_seqlens, seen)
-        hidden = hidden / self.spec.logit_divisor
-        return linear(hidden, self.table).float() if head is None else head(hidden, self.table)
+            batch, length = shape
+            cu_seqlens = CuSeqlens.of([length] * batch, tokens.device)
+        hidden = self.model(tokens.flatten(), cu_seqlens, seen) / self.spec.logit_divisor
+        if head is not None:
+            return head(hidden, self.output_table())
+        return linear(hidden, self.output_table()).float().view(*shape, -1)
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw random weights: 0.1 on the vocabulary tables, ``fan_in ** -0.5`` elsewhere."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            is_table = "embed_tokens" in name or "lm_head" in name
-            std = 0.1 if is_table else parameter.shape[1] ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-    def shard_units(self) -> Sequence[nn.Module]:
-        """Return the decoder layers: gathered, and recomputed, one at a time."""
-        return tuple(self.model.layers)
-
-    def parameter_kind(self, name: str) -> str | None:
-        """Return None: a Transformer's layers are all of one kind."""
-        return None
-
-    def flops_per_token(self, length_tokens: int, sparse: bool = False) -> float:
-        """Return the floating-point operations of a forward and a backward pass, causal attention halved."""
-        spec = self.spec
-        matrices = sum(
-            shape[0] * shape[1]
-            for name, shape in spec.weight_shapes().items()
-            if len(shape) == 2 and "embed_tokens" not in name
-        )
-        if spec.tie_word_embeddings:
-            matrices += spec.vocab_size * spec.hidden_size
-        attention = spec.num_layers * spec.num_heads * spec.head_dim * length_tokens
-        return 6.0 * matrices + 6.0 * attention
+        """Draw random weights; see :func:`sala_training.model.sala.draw_weights`."""
+        draw_weights(self, seed)
 
 
 def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> TeacherForCausalLM:

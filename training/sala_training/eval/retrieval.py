@@ -22,6 +22,7 @@ from sala_training.data.phrases import Fact, FactMaker, unseen_fact
 from sala_training.data.stream import PhraseEncoder
 from sala_training.data.tasks import ChatPieces, FactPlacer
 from sala_training.eval import intervals
+from sala_training.eval.answers import says
 from sala_training.eval.endpoint import openai_chat
 
 if TYPE_CHECKING:
@@ -199,13 +200,7 @@ def is_right(text: str, case: Case) -> bool:
     """
     if case.answer.isdigit():
         return set(re.findall(r"\d+", text)) == {case.answer}
-    normal = f" {_normalised(text)} "
-    wrong = any(f" {_normalised(value)} " in normal for value in case.distractors)
-    return f" {_normalised(case.answer)} " in normal and not wrong
-
-
-def _normalised(text: str) -> str:
-    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+    return says(text, case.answer) and not any(says(text, value) for value in case.distractors)
 
 
 def evaluate(cases: Sequence[Case], generate: Generator) -> Report:

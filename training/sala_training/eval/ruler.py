@@ -16,6 +16,7 @@ import numpy as np
 
 from sala_training.data import words
 from sala_training.eval import intervals
+from sala_training.eval.answers import says
 
 CountTokens = Callable[[str], int]
 """Tokens that the endpoint's tokenizer makes of a text."""
@@ -260,12 +261,7 @@ KINDS: dict[str, Callable[[np.random.Generator, Haystack, float], _Build]] = {
 
 def share_given(answer: str, task: Task) -> float:
     """Return the share of the task's answers that stand in ``answer``, as whole words, whatever the case."""
-
-    def plain(text: str) -> str:
-        return f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
-
-    given = plain(answer)
-    return sum(plain(expected) in given for expected in task.answers) / len(task.answers)
+    return sum(says(answer, expected) for expected in task.answers) / len(task.answers)
 
 
 def evaluate(made: Sequence[Task], length_tokens: int, ask: Ask, num_parallel: int = 1) -> Result:

@@ -44,8 +44,21 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
     # the reciprocal of the power, as released: at large positions the last bit matters
     angle = positions[:, None].float() * (1.0 / theta**exponent)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    first, second = x.float().split(half, dim=-1)
+    return rotate_pairs(x, angle.cos()[:, None], angle.sin()[:, None])
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate half-split (NeoX) pairs over all dims, in float32.
+
+    Args:
+        x: [..., heads, dim].
+        cos: [..., 1, dim / 2] float32.
+        sin: as ``cos``.
+
+    Returns:
+        As ``x``.
+    """
+    first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 

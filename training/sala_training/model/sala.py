@@ -139,14 +139,19 @@ class SalaForCausalLM(nn.Module):
         """Project last hidden states [..., hidden] to float32 logits [..., vocab]."""
         return linear(hidden / self.spec.logit_divisor, self.output_table()).float()
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw random weights: 0.1 on the vocabulary tables, ``fan_in ** -0.5`` elsewhere."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            is_table = "embed_tokens" in name or "lm_head" in name
-            std = 0.1 if is_table else parameter.shape[1] ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        """Draw random weights; see :func:`draw_weights`."""
+        draw_weights(self, seed)
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw random weights: 0.1 on the vocabulary tables, ``fan_in ** -0.5`` elsewhere, 1 in norms."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+            continue
+        is_table = "embed_tokens" in name or "lm_head" in name
+        std = 0.1 if is_table else parameter.shape[1] ** -0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
