@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import yaml
@@ -18,14 +18,15 @@ from helm_cli import helm_path
 
 from sala_serve.config import Settings
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 CHART = Path(__file__).parents[1] / "helm" / "sala-serve"
-API_VERSIONS = ",".join(
-    [
-        "monitoring.coreos.com/v1",
-        "gateway.networking.k8s.io/v1",
-        "keda.sh/v1alpha1",
-        "leaderworkerset.x-k8s.io/v1",
-    ]
+API_VERSIONS = (
+    "monitoring.coreos.com/v1",
+    "gateway.networking.k8s.io/v1",
+    "keda.sh/v1alpha1",
+    "leaderworkerset.x-k8s.io/v1",
 )
 """Of the kinds that a cluster may lack."""
 SECRET_SETTINGS = {
@@ -286,38 +287,34 @@ what they become. This page is made from the comments of `values.yaml` by `scrip
 def rendered(example: Path) -> str:
     """Return what helm makes of an example."""
     command = [str(helm_path()), "template", "sala-serve", str(CHART), "--namespace", "llm"]
-    command += ["--values", str(example), "--api-versions", API_VERSIONS]
+    command += ["--values", str(example), "--api-versions", ",".join(API_VERSIONS)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if process.returncode:
         raise ValueError(f"{example.name}: {process.stderr}")
     return process.stdout
 
 
-def products() -> dict[Path, str]:
-    """Return every file that this writes, with what it should hold."""
-    schema = json.dumps(values_schema(), indent=1)
-    files = {CHART / "README.md": readme(), CHART / "values.schema.json": schema + "\n"}
-    # rendering reads the schema
-    (path := CHART / "values.schema.json").exists() or path.write_text(schema + "\n")
+def products() -> Iterator[tuple[Path, str]]:
+    """Yield every file that this writes with what it should hold; the schema before helm reads it."""
+    yield CHART / "README.md", readme()
+    yield CHART / "values.schema.json", json.dumps(values_schema(), indent=1) + "\n"
     for example in sorted((CHART / "examples").glob("*.yaml")):
-        files[CHART / "examples/rendered" / example.name] = rendered(example)
-    return files
+        yield CHART / "examples/rendered" / example.name, rendered(example)
 
 
 def main() -> int:
     """Write the files, or compare them."""
-    differing = [
-        path
-        for path, text in products().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
-    if "--check" in sys.argv:
-        for path in differing:
+    checks = "--check" in sys.argv
+    num_differing = 0
+    for path, text in products():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        num_differing += 1
+        if checks:
             print(f"{path}: run scripts/chart.py")
-        return bool(differing)
-    for path, text in products().items():
-        path.write_text(text, encoding="utf-8")
-    return 0
+        else:
+            path.write_text(text, encoding="utf-8")
+    return int(checks and num_differing > 0)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "sala-serve"
-APIS = (
-    "monitoring.coreos.com/v1",
-    "gateway.networking.k8s.io/v1",
-    "keda.sh/v1alpha1",
-    "leaderworkerset.x-k8s.io/v1",
-)
-"""Those that a cluster may lack."""
 
 
 def load_script(name: str) -> Any:
@@ -41,6 +34,12 @@ def load_script(name: str) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+HELM_CLI = load_script("helm_cli")
+PRODUCTS = load_script("chart")
+"""Writes what follows from values.yaml and the code."""
+APIS: tuple[str, ...] = PRODUCTS.API_VERSIONS
 
 
 class Refused(Exception):  # noqa: N818 - named for what happened
@@ -103,19 +102,16 @@ class Chart:
 
 @pytest.fixture(scope="session")
 def chart(tmp_path_factory: pytest.TempPathFactory) -> Chart:
-    helm_cli = load_script("helm_cli")
     try:
-        helm = helm_cli.helm_path()
-    except helm_cli.HelmUnavailable as error:
+        helm = HELM_CLI.helm_path()
+    except HELM_CLI.HelmUnavailable as error:
         pytest.skip(f"no helm: the chart is NOT rendered ({error})")
     return Chart(helm, tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture(scope="session")
 def products() -> Any:
-    """The module that writes what follows from values.yaml and the code."""
-    load_script("helm_cli")
-    return load_script("chart")
+    return PRODUCTS
 
 
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))

@@ -91,7 +91,7 @@ def test_chart_is_packaged_with_alerts_and_dashboards(chart, tmp_path):
 
 
 def test_readme_schema_and_renderings_are_those_of_the_chart(chart, products):
-    for path, text in products.products().items():
+    for path, text in products.products():
         assert path.read_text(encoding="utf-8") == text, f"{path}: run scripts/chart.py"
     rendered = {path.name for path in (CHART / "examples/rendered").iterdir()}
     assert rendered == {path.name for path in (CHART / "examples").glob("*.yaml")}
