@@ -68,9 +68,9 @@ class Stack:
         return now
 
     async def until_free(self) -> None:
-        """Wait until the engine has no request and holds no memory, which takes it a second at most.
+        """Wait until the engine has no request and holds no memory, which takes it a second of steps at most.
 
-        Counted in steps, which a busy machine takes slowly; ``scripts/bench-leaving`` has the milliseconds.
+        A busy machine takes its steps slowly: there the bound in seconds is a wide one.
         """
         begun_at_s, begun_at = time.monotonic(), (await self.progress())["step"]
         now = await self.until(lambda now: not now["requests"] and not now["kv"]["used_tokens"])
